@@ -1,0 +1,4 @@
+"""Shared core of the stream broker: what the gateway and the shards both stand on.
+
+Imports neither `gateway` nor `shards`.
+"""

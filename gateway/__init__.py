@@ -1,0 +1,1 @@
+"""The gateway process: owns every WebSocket, the functions and the subscriptions."""
