@@ -7,35 +7,30 @@ import re
 DEPTH_MAX = 128
 """Levels of arrays and objects that a message may nest (protocol section 1, Limits)."""
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ALIKE = bytes.maketrans(b"{}", b"[]")
 
 
 def is_deeper_than(text: bytes, depth_max: int = DEPTH_MAX) -> bool:
-    """Whether the JSON text `text`, already known to be well formed, nests deeper than allowed.
-
-    Cheap for what is common: a short text, or one with few brackets, cannot be deep. Else the
-    brackets are folded from the inside out, one level a round, all in C.
-    """
+    """Whether the JSON text `text`, already known to be well formed, nests deeper than allowed."""
     if len(text) <= 2 * depth_max or text.count(b"[") + text.count(b"{") <= depth_max:
         return False
-    folds = _folds(text.translate(None, _NOT_BRACKETS), depth_max)
-    if folds is None:  # deep, or brackets inside strings: look again without the strings
-        folds = _folds(_STRINGS.sub(b"", text).translate(None, _NOT_BRACKETS), depth_max)
-    return folds is None
+    return _folds(text, depth_max) is None
 
 
 def depth(text: bytes) -> int:
     """Levels of arrays and objects in the well-formed JSON text `text`; 0 for a scalar."""
-    folds = _folds(_STRINGS.sub(b"", text).translate(None, _NOT_BRACKETS), len(text))
+    folds = _folds(text, len(text))
     assert folds is not None, "not well-formed JSON"
     return folds
 
 
-def _folds(brackets: bytes, depth_max: int) -> int | None:
+def _folds(text: bytes, depth_max: int) -> int | None:
     """Rounds of removing innermost pairs until nothing is left; None if more than allowed."""
+    brackets = _STRINGS.sub(b"", text).translate(_ALIKE, _NOT_BRACKETS)
     for rounds in range(depth_max + 1):
         if not brackets:
             return rounds
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        brackets = brackets.replace(b"[]", b"")
     return None

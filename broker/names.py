@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
@@ -9,6 +10,8 @@ from broker.errors import InvalidRequest
 
 NAME_BYTES_MAX = 1024
 """Bytes of UTF-8 that a stream, group or item name, or a subscription id, may have."""
+
+_FILE_NAME_MAX = 200  # of the 255 bytes that file systems take: SQLite adds `.db-journal`
 
 
 class Group(NamedTuple):
@@ -36,29 +39,22 @@ def check_name(field: str, name: str, bytes_max: int = NAME_BYTES_MAX) -> None:
 
 
 def file_name(stream: str) -> str:
-    """The name of a stream as a file name: percent-encoded, never empty, `.` or hidden.
+    """The name of a stream as a file name: percent-encoded, never empty, hidden or a path.
 
-    Reversible and different for different streams, also on a file system that ignores case, as
-    capitals are encoded too. Names too long for a file system's 255 bytes are the caller's to cut.
+    Different for different streams. What would be longer than a file system takes is cut and
+    ends in `%~` and a hash, which no encoding holds; `stream_of_file_name` can't invert that one.
     """
-    quoted = quote(stream, safe="")
-    escaped = "".join(f"%{ord(c):02X}" if c.isupper() and c.isascii() else c for c in _split(quoted))
-    if not escaped:
-        return "%"
-    return "%2E" + escaped[1:] if escaped[0] == "." else escaped
+    escaped = quote(stream, safe="") or "%"
+    if escaped.startswith("."):
+        escaped = "%2E" + escaped[1:]
+    if len(escaped) > _FILE_NAME_MAX:
+        digest = blake2b(stream.encode(), digest_size=16).hexdigest()
+        escaped = f"{escaped[: _FILE_NAME_MAX - 34]}%~{digest}"
+    return escaped
 
 
-def stream_of_file_name(name: str) -> str:
-    """The inverse of `file_name`."""
+def stream_of_file_name(name: str) -> str | None:
+    """The inverse of `file_name`; None where the name was cut."""
+    if "%~" in name:
+        return None
     return "" if name == "%" else unquote_to_bytes(name).decode()
-
-
-def _split(quoted: str) -> list[str]:
-    """The characters of a quoted text, each `%XX` escape kept whole."""
-    parts: list[str] = []
-    position = 0
-    while position < len(quoted):
-        width = 3 if quoted[position] == "%" else 1
-        parts.append(quoted[position : position + width])
-        position += width
-    return parts

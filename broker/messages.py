@@ -1,0 +1,186 @@
+"""What the link between a gateway and a shard carries.
+
+Values are JSON texts in `bytes` fields: nobody on the way decodes them. A frame of the link is a
+list of these messages, all that was sent in one turn of the sender's event loop.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VERSION = 1
+"""Of the messages below; both ends refuse a peer that speaks another one."""
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Base of all messages: encoded as an array that begins with the tag."""
+
+
+# Gateway to shard.
+
+
+class Hello(Message, tag=0):
+    """First on a link, from the gateway."""
+
+    version: int
+    gateway_id: str
+
+
+class Heartbeat(Message, tag=1):
+    """Asks for a sign of life, which is the same message sent back."""
+
+    number: int
+
+
+class GroupCall(Message):
+    """A call on one group; answered by `Reply`, `Synced` or `Failure` with the same `call_id`."""
+
+    call_id: int
+    stream: str
+    group_id: str
+
+
+class Get(GroupCall, tag=2):
+    item_id: str
+
+
+class Set(GroupCall, tag=3):
+    item_id: str
+    data: bytes
+
+
+class Delete(GroupCall, tag=4):
+    item_id: str
+
+
+class Update(GroupCall, tag=5):
+    """`ops` is the JSON text of the list of operations, not yet checked."""
+
+    item_id: str
+    ops: bytes
+
+
+class Send(GroupCall, tag=6):
+    """A custom event of type `event_type`; `item_id` None: to the group as a whole."""
+
+    item_id: str | None
+    event_type: str
+    data: bytes
+
+
+class List(GroupCall, tag=7):
+    """All values of a group, in order of first insertion."""
+
+
+class Join(GroupCall, tag=8):
+    """Asks for a snapshot and for every event of the group that comes after it.
+
+    `item_id` None: of the whole group. Events come once per link, however often it is asked.
+    """
+
+    item_id: str | None
+
+
+class Leave(Message, tag=9):
+    """The gateway wants no more events of the group."""
+
+    stream: str
+    group_id: str
+
+
+class ListGroups(Message, tag=10):
+    """The groups of a stream that this shard holds; answered with a JSON list of names."""
+
+    call_id: int
+    stream: str
+
+
+class ListAll(Message, tag=11):
+    """Answered with a JSON object: stream name to list of group names, of this shard."""
+
+    call_id: int
+
+
+class AddTrigger(Message, tag=12):
+    """A `stream` trigger; None and "" in a filter match everything. The same id replaces."""
+
+    trigger_id: str
+    stream: str
+    group_id: str | None
+    item_id: str | None
+
+
+class RemoveTrigger(Message, tag=13):
+    trigger_id: str
+
+
+# Shard to gateway.
+
+
+class Welcome(Message, tag=20):
+    """Answer to `Hello`."""
+
+    version: int
+    shard: int
+    shards: int
+
+
+class Reply(Message, tag=21):
+    """`result` is a JSON text; None: the call succeeded and has no result."""
+
+    call_id: int
+    result: bytes | None
+
+
+class Failure(Message, tag=22):
+    call_id: int
+    code: str
+    message: str
+    field: str | None
+    retryable: bool
+
+
+class Synced(Message, tag=23):
+    """Answer to `Join`: all events up to `seq` came before it on this link, later ones follow.
+
+    `payload` is the JSON text of the `sync` envelope (protocol section 5.4).
+    """
+
+    call_id: int
+    seq: int
+    payload: bytes
+
+
+class Event(Message, tag=24):
+    """A committed change or a custom event, encoded for subscribers and triggers alike.
+
+    `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of
+    their registration.
+    """
+
+    stream: str
+    group_id: str
+    item_id: str | None
+    seq: int
+    payload: bytes
+    subscribed: bool
+    triggers: list[str]
+
+
+ToShard = (
+    Hello
+    | Heartbeat
+    | Get
+    | Set
+    | Delete
+    | Update
+    | Send
+    | List
+    | Join
+    | Leave
+    | ListGroups
+    | ListAll
+    | AddTrigger
+    | RemoveTrigger
+)
+ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event

@@ -1,0 +1,314 @@
+"""A socket around the `websockets` library's Sans-I/O protocol.
+
+The library keeps the protocol: handshake, frames, closing. The connection owns the socket and
+what waits to be written to it, and hands whole messages to its peer object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Protocol, cast
+
+from websockets.datastructures import Headers
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import OPEN
+from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
+
+from gateway.websocket import text_frame
+
+WRITE_HIGH_WATER_BYTES = 64 * 1024
+CLOSE_TIMEOUT_S = 5.0
+"""How long a peer may take to answer a close frame before its socket is cut."""
+UNREAD_BYTES_MAX = 1024 * 1024
+"""Bytes of pongs that a peer may ask for without reading them."""
+
+
+class Peer(Protocol):
+    """What becomes of an accepted connection."""
+
+    def message_received(self, text: bytes) -> None:
+        """A whole message, text or binary, not yet checked in any way."""
+
+    def drained(self) -> None:
+        """All that waited was handed to the socket."""
+
+    def closed(self) -> None:
+        """The connection is over; called once."""
+
+
+class Port(Protocol):
+    """What accepts connections."""
+
+    message_bytes_max: int
+    send_queue_bytes_max: int
+
+    def connected(self, connection: Connection) -> None: ...
+
+    def request_received(self, connection: Connection, request: Request) -> None: ...
+
+    def disconnected(self, connection: Connection) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One connection of a port, from accept to close."""
+
+    def __init__(self, port: Port, now: Callable[[], float]) -> None:
+        self._port = port
+        self._now = now
+        self._loop = asyncio.get_running_loop()
+        self._protocol = ServerProtocol(
+            select_subprotocol=_first_offered, max_size=port.message_bytes_max
+        )
+        self._transport: asyncio.Transport | None = None
+        self._out: asyncio.Transport | None = None  # the transport while messages can be sent
+        self._acceptance: Response | None = None
+        self._peer: Peer | None = None
+        self._parts: list[bytes] = []
+        self._waiting: deque[bytes] = deque()
+        self._write_paused = False
+        self._control_bytes = 0
+        self._close_timer: asyncio.TimerHandle | None = None
+        self.waiting_bytes = 0
+        self.request: Request | None = None
+        self.connected_at = now()
+        self.received_at = self.connected_at
+        self.stalled_since: float | None = None
+        self.remote_address = ""
+        self.messages_received = 0
+        self.bytes_received = 0
+
+    # What peers and ports use.
+
+    @property
+    def open(self) -> bool:
+        """Whether messages can be sent."""
+        return self._out is not None
+
+    def accept(self, peer: Peer) -> None:
+        """Complete the handshake; messages go to `peer` from now on."""
+        assert self._acceptance is not None, "accepted before the request was checked"
+        if self._transport is None:
+            return
+        self._peer = peer
+        self._protocol.send_response(self._acceptance)
+        self._write_protocol_data()
+        self._out = self._transport
+        self._transport.resume_reading()
+
+    def check_handshake(self) -> Response | None:
+        """What a request that is no proper WebSocket upgrade has to be answered with, or None."""
+        assert self.request is not None, "checked before it came"
+        response = self._protocol.accept(self.request)
+        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            return response
+        self._acceptance = response
+        return None
+
+    def respond(self, response: Response) -> None:
+        """Answer the request with plain HTTP and close."""
+        self._protocol.send_response(response)
+        self._write_protocol_data()
+
+    def respond_text(self, status: int, text: str) -> None:
+        """Answer the request with a line of text and close; an empty `text` is no body."""
+        response = self._protocol.reject(status, text)
+        if not text:
+            del response.headers["Content-Type"]
+        self.respond(response)
+
+    def send(self, frame: bytes) -> bool:
+        """Send a prepared frame, or let it wait.
+
+        Returns False, and takes nothing, when more would wait than is allowed.
+        """
+        if self._out is None:
+            return True  # closing: nobody will miss it
+        if not self._write_paused:
+            self._out.write(frame)
+            return True
+        if self.waiting_bytes + len(frame) > self._port.send_queue_bytes_max:
+            return False
+        self._waiting.append(frame)
+        self.waiting_bytes += len(frame)
+        return True
+
+    def send_text(self, payload: bytes) -> bool:
+        """Send one text message; see `send`."""
+        return self.send(text_frame(payload))
+
+    def drop_waiting(self) -> int:
+        """Forget what waits; returns how many frames that were."""
+        dropped = len(self._waiting)
+        self._waiting.clear()
+        self.waiting_bytes = 0
+        return dropped
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Start the closing handshake; what still waits is dropped."""
+        if self._transport is None:
+            return
+        if self._protocol.state is not OPEN:
+            if self._peer is None:
+                self.abort()
+            return
+        self.drop_waiting()
+        self._out = None
+        self._protocol.send_close(code, reason)
+        self._write_protocol_data()
+        self._arm_close_timer()
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def ping(self) -> None:
+        """Send a ping, to see whether the peer lives."""
+        if self.open:
+            self._protocol.send_ping(b"")
+            self._write_protocol_data()
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the peer for now."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on taking what the peer sends."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        self.remote_address = _address(transport.get_extra_info("peername"))
+        self._port.connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.received_at = self._now()
+        self.bytes_received += len(data)
+        self._protocol.receive_data(data)
+        self._take_events()
+
+    def eof_received(self) -> bool:
+        self._protocol.receive_eof()
+        self._take_events()
+        return False
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        self.stalled_since = self._now()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self.stalled_since = None
+        self._control_bytes = 0
+        while self._waiting and not self._write_paused and self._out is not None:
+            frame = self._waiting.popleft()
+            self.waiting_bytes -= len(frame)
+            self._out.write(frame)  # may pause writing again
+        if not self._write_paused and self._peer is not None:
+            self._peer.drained()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's
+        self._transport = self._out = None
+        self.drop_waiting()
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._port.disconnected(self)
+        if self._peer is not None:
+            self._peer.closed()
+            self._peer = None
+
+    def _take_events(self) -> None:
+        for event in self._protocol.events_received():
+            if isinstance(event, Frame):
+                self._take_frame(event)
+            elif isinstance(event, Request):
+                self.request = event
+                self.pause_reading()  # until it is accepted
+                self._port.request_received(self, event)
+        self._write_protocol_data()
+        if self._protocol.close_expected():
+            self._arm_close_timer()
+
+    def _take_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.TEXT or frame.opcode is Opcode.BINARY:
+            if frame.fin:
+                self._take_message(bytes(frame.data))
+            else:
+                self._parts = [bytes(frame.data)]
+        elif frame.opcode is Opcode.CONT:
+            if frame.data:
+                self._parts.append(bytes(frame.data))
+            if frame.fin:
+                parts, self._parts = self._parts, []
+                self._take_message(b"".join(parts))
+
+    def _take_message(self, text: bytes) -> None:
+        self.messages_received += 1
+        if self._peer is not None:
+            self._peer.message_received(text)
+
+    def _write_protocol_data(self) -> None:
+        """Write what the library wants sent: handshake, pongs, close frames, the end."""
+        for data in self._protocol.data_to_send():
+            if self._transport is None:
+                return
+            if not data:
+                self._out = None
+                self._transport.close()  # when all is written
+                return
+            self._transport.write(data)
+            if self._write_paused:
+                self._control_bytes += len(data)
+        if self._control_bytes > UNREAD_BYTES_MAX:
+            self.abort()
+
+    def _arm_close_timer(self) -> None:
+        if self._close_timer is None:
+            self._close_timer = self._loop.call_later(CLOSE_TIMEOUT_S, self.abort)
+
+    def fail(self, code: CloseCode, reason: str) -> None:
+        """Close because of what the peer sent; nothing more of it is read."""
+        if self.open:
+            self.drop_waiting()
+            self._out = None
+            self._protocol.fail(code, reason)
+            self._write_protocol_data()
+            self._arm_close_timer()
+
+
+def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -> Response:
+    """200 with `text`."""
+    body = text.encode()
+    headers = Headers(
+        {
+            "Content-Type": content_type,
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+        }
+    )
+    return Response(200, "OK", headers, body)
+
+
+def _first_offered(
+    _: ServerProtocol, subprotocols: list[Subprotocol] | tuple[Subprotocol, ...]
+) -> Subprotocol | None:
+    """Browsers fail a connection that answers none of what they offered (protocol section 5.1)."""
+    return subprotocols[0] if subprotocols else None
+
+
+def _address(peername: object) -> str:
+    """Address and port of a TCP peer, an IPv6 address in brackets."""
+    if not isinstance(peername, tuple):
+        return ""
+    host, port = peername[0], peername[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,107 @@
+"""Messages of the stream port, without I/O (protocol section 5)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from broker.errors import InvalidRequest
+from broker.json_text import is_deeper_than
+
+
+class JoinData(msgspec.Struct, rename="camel"):
+    """What a join or leave is about; `id` None: the whole group."""
+
+    subscription_id: str
+    stream_name: str
+    group_id: str
+    id: str | None = None
+
+
+class Join(msgspec.Struct, tag_field="type", tag="join"):
+    data: JoinData
+
+
+class Leave(msgspec.Struct, tag_field="type", tag="leave"):
+    data: JoinData
+
+
+ClientMessage = Join | Leave
+
+_decoder = msgspec.json.Decoder(ClientMessage)
+_encode = msgspec.json.encode
+
+
+def decode(text: bytes) -> ClientMessage | None:
+    """The message in a frame; None for a blank one.
+
+    Raises:
+        InvalidRequest: `invalid_message`, with the field at fault where it is known.
+    """
+    try:
+        if not text.isascii():
+            text.decode()  # names must be text; the decoder does not look at what it skips
+        if is_deeper_than(text):
+            raise InvalidRequest("invalid_message", "the message is nested too deep")
+        return _decoder.decode(text)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("invalid_message", f"not UTF-8 at byte {error.start}") from None
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        field = path.strip("`.") or None
+        if field is None and "required field" in reason:
+            field = reason.split("`")[-2]
+        elif field is not None and "required field" in reason:
+            field = f"{field}.{reason.split('`')[-2]}"
+        raise InvalidRequest("invalid_message", _sentence(reason, field), field) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        if not text.strip():
+            return None
+        raise InvalidRequest("invalid_message", str(error)) from None
+
+
+def error_payload(error: InvalidRequest, text: bytes) -> bytes:
+    """The envelope that tells a client what is wrong with its frame `text`."""
+    data = _data_of(text)
+    event: dict[str, Any] = {"type": "error", "code": error.code, "message": error.message}
+    if error.field is not None:
+        event["field"] = error.field
+    if isinstance(subscription_id := data.get("subscriptionId"), str):
+        event["subscriptionId"] = subscription_id
+    stream, group_id = data.get("streamName"), data.get("groupId")
+    return envelope(
+        stream if isinstance(stream, str) else "",
+        group_id if isinstance(group_id, str) else "",
+        None,
+        event,
+    )
+
+
+def envelope(stream: str, group_id: str, item_id: str | None, event: dict[str, Any]) -> bytes:
+    """An envelope that the gateway itself sends: `unauthorized` and `error`."""
+    return _encode(
+        {
+            "type": "stream",
+            "timestamp": time.time_ns() // 1_000_000,
+            "streamName": stream,
+            "groupId": group_id,
+            "id": item_id,
+            "event": event,
+        }
+    )
+
+
+def _data_of(text: bytes) -> dict[str, Any]:
+    """`data` of a bad frame, as far as it can be read."""
+    try:
+        message = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    data = message.get("data") if isinstance(message, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _sentence(reason: str, field: str | None) -> str:
+    return reason if field is None else f"{field}: {reason}"

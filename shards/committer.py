@@ -1,0 +1,135 @@
+"""Group commit: what waits for a stream while it is busy becomes the next batch.
+
+Streams go their own way, each with one batch at a time, so the order of a group is the order in
+which its operations came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from broker.errors import StorageError
+from shards.group import Operation
+from shards.storage.base import Settled, Storage
+
+T = TypeVar("T")
+
+BATCH_MAX = 512
+"""Operations of one commit: what came first need not wait for thousands that came later."""
+
+_GroupsFuture = asyncio.Future[list[str]]
+
+
+class _Lane(Generic[T]):
+    """What waits for one stream: operations with whoever asked, and askers for its groups."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        self.waiting: deque[tuple[Operation, T] | _GroupsFuture] = deque()
+        self.executing = False
+        self.settled_at_once = False
+
+    def take(self) -> list[tuple[Operation, T]]:
+        """The next operations that may share a commit, at least one."""
+        batch: list[tuple[Operation, T]] = []
+        while self.waiting and len(batch) < BATCH_MAX:
+            entry = self.waiting[0]
+            if not isinstance(entry, tuple):
+                break
+            self.waiting.popleft()
+            batch.append(entry)
+        return batch
+
+
+class Committer(Generic[T]):
+    """Hands operations to the storage in batches and their outcomes to `settle`, in order."""
+
+    def __init__(self, storage: Storage, settle: Callable[[Operation, T, Settled], None]) -> None:
+        self._storage = storage
+        self._settle = settle
+        self._lanes: dict[str, _Lane[T]] = {}
+        self._ready: list[_Lane[T]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.waiting = 0
+        self.batches_total = 0
+        self.operations_total = 0
+
+    def add(self, operation: Operation, asker: T) -> None:
+        """Queue `operation`; it starts with the next `start`."""
+        self._lane(operation.stream).waiting.append((operation, asker))
+        self.waiting += 1
+
+    async def groups(self, stream: str) -> list[str]:
+        """The groups of `stream` after all operations that were added before.
+
+        Raises:
+            StorageError: they could not be read.
+        """
+        future: _GroupsFuture = asyncio.get_running_loop().create_future()
+        self._lane(stream).waiting.append(future)
+        self.start()
+        return await future
+
+    def start(self) -> None:
+        """Start the streams that got something to do."""
+        ready, self._ready = self._ready, []
+        for lane in ready:
+            self._run(lane)
+
+    async def drain(self) -> None:
+        """Wait until nothing waits."""
+        while self._lanes:
+            await asyncio.sleep(0.01)
+
+    def _lane(self, stream: str) -> _Lane[T]:
+        lane = self._lanes.get(stream)
+        if lane is None:
+            lane = self._lanes[stream] = _Lane(stream)
+            self._ready.append(lane)
+        return lane
+
+    def _run(self, lane: _Lane[T]) -> None:
+        while lane.waiting:
+            entry = lane.waiting[0]
+            if not isinstance(entry, tuple):
+                lane.waiting.popleft()
+                task = asyncio.get_running_loop().create_task(self._answer_groups(lane, entry))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                return
+            batch = lane.take()
+            self.batches_total += 1
+            self.operations_total += len(batch)
+            lane.executing, lane.settled_at_once = True, False
+            operations = [operation for operation, _ in batch]
+            self._storage.execute(lane.stream, operations, partial(self._settled, lane, batch))
+            lane.executing = False
+            if not lane.settled_at_once:
+                return  # `_settled` goes on
+        del self._lanes[lane.stream]
+
+    def _settled(
+        self, lane: _Lane[T], batch: list[tuple[Operation, T]], settled: Sequence[Settled]
+    ) -> None:
+        self.waiting -= len(batch)
+        for (operation, asker), outcome in zip(batch, settled, strict=True):
+            self._settle(operation, asker, outcome)
+        if lane.executing:
+            lane.settled_at_once = True
+        else:
+            self._run(lane)
+
+    async def _answer_groups(self, lane: _Lane[T], future: _GroupsFuture) -> None:
+        try:
+            groups = await self._storage.groups(lane.stream)
+        except StorageError as error:
+            if not future.done():
+                future.set_exception(error)
+        else:
+            if not future.done():
+                future.set_result(groups)
+        self._run(lane)

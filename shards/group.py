@@ -1,0 +1,241 @@
+"""One group: validates and applies operations, in one order. Pure: no I/O, no clock of its own.
+
+Every storage that keeps its data on this side of a network evaluates operations here, so that
+they mean the same everywhere (protocol section 7.2).
+"""
+
+from __future__ import annotations
+
+import secrets
+from enum import StrEnum
+from typing import assert_never
+
+import msgspec
+
+from broker import messages
+from broker.errors import InvalidRequest, LimitExceeded
+from shards import update_ops
+
+Operation = (
+    messages.Get
+    | messages.Set
+    | messages.Delete
+    | messages.Update
+    | messages.Send
+    | messages.List
+    | messages.Join
+)
+"""What can be asked of one group: the link's messages as they are."""
+
+ITEM_OVERHEAD_BYTES = 150
+"""What an item costs in memory beside its texts (measured with tracemalloc)."""
+
+_encode = msgspec.json.encode
+
+
+class Kind(StrEnum):
+    """Of a change; the `type` of its event on the wire."""
+
+    CREATE = "create"
+    UPDATE = "update"
+    DELETE = "delete"
+    EVENT = "event"
+
+
+class Head(msgspec.Struct):
+    """Where a group's numbering is.
+
+    epoch: which numbering it is; another one when the last cannot be continued.
+    seq: of the last event; 0 before the first.
+    timestamp_ms: the last one handed out, to an event or a sync; the next is greater.
+    """
+
+    epoch: str
+    seq: int = 0
+    timestamp_ms: int = 0
+
+    def tick(self, now_ms: int) -> int:
+        """The next timestamp: the wall clock's, or one more than the last (design promise 5)."""
+        self.timestamp_ms = max(now_ms, self.timestamp_ms + 1)
+        return self.timestamp_ms
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """What an operation did, or told, to a group.
+
+    data: JSON text of the new value, of the deleted one, or of a custom event's data.
+    event_type: of a custom event.
+    """
+
+    kind: Kind
+    item_id: str | None
+    data: bytes
+    seq: int
+    timestamp_ms: int
+    event_type: str | None = None
+
+
+class Done(msgspec.Struct, frozen=True, gc=False):
+    """Outcome of an operation.
+
+    result: JSON text of what the caller gets; None: nothing.
+    change: what everyone else gets, if there is anything to tell.
+    """
+
+    result: bytes | None
+    change: Change | None = None
+
+
+class Snapshot(msgspec.Struct, frozen=True, gc=False):
+    """Outcome of `Join`: the data of its sync as of `seq`, under a timestamp of its own."""
+
+    data: bytes
+    seq: int
+    epoch: str
+    timestamp_ms: int
+
+
+def new_head() -> Head:
+    """The head of a group of which nothing is known."""
+    return Head(epoch=secrets.token_hex(6))
+
+
+class GroupState:
+    """A group's head and items, in order of first insertion.
+
+    `items` may hold a part only (`complete` False); then it must hold whatever an operation on
+    single items touches, and whole-group reads are not for this class.
+    """
+
+    __slots__ = ("bytes", "complete", "count", "group_id", "head", "items", "names", "row")
+
+    def __init__(self, stream: str, group_id: str, head: Head) -> None:
+        self.group_id = group_id
+        self.head = head
+        self.items: dict[str, bytes] = {}
+        self.complete = True
+        self.count = 0
+        self.bytes = 0
+        self.names = b'"streamName":' + _encode(stream) + b',"groupId":' + _encode(group_id)
+        """The JSON text of the envelope's names, encoded once."""
+        self.row = 0
+        """The storage's own number of the group; 0: none yet."""
+
+    def evaluate(self, operation: Operation, now_ms: int, bytes_max: int) -> Done | Snapshot:
+        """Apply `operation` and say what came of it.
+
+        Args:
+            bytes_max: of the values that one answer may hold.
+
+        Raises:
+            InvalidRequest: nothing was applied.
+            LimitExceeded: the answer would be too large.
+        """
+        match operation:
+            case messages.Set():
+                return self._put(operation.item_id, operation.data, now_ms, bytes_max)
+            case messages.Get():
+                return Done(self.items.get(operation.item_id))
+            case messages.Update():
+                ops = update_ops.parse_ops(operation.ops)
+                outcome = update_ops.apply_ops(self.items.get(operation.item_id), ops)
+                errors = b',"errors":' + _encode(outcome.errors) if outcome.errors else b""
+                return self._put(operation.item_id, outcome.value, now_ms, bytes_max, errors)
+            case messages.Delete():
+                return self._delete(operation.item_id, now_ms)
+            case messages.Send():
+                change = self._change(
+                    Kind.EVENT, operation.item_id, operation.data, now_ms, operation.event_type
+                )
+                return Done(b"null", change)
+            case messages.List():
+                return Done(self.values(bytes_max))
+            case messages.Join():
+                item_id = operation.item_id
+                if item_id is None:
+                    return self.snapshot(self.values(bytes_max), now_ms)
+                return self.snapshot(self.items.get(item_id, b"null"), now_ms)
+            case _:
+                assert_never(operation)
+
+    def values(self, bytes_max: int) -> bytes:
+        """The JSON list of all values.
+
+        Raises:
+            LimitExceeded: they have more than `bytes_max` bytes.
+        """
+        self.check_size(bytes_max)
+        return b"[" + b",".join(self.items.values()) + b"]"
+
+    def check_size(self, bytes_max: int) -> None:
+        """Refuse to read the whole group when it is too large for one answer.
+
+        Raises:
+            LimitExceeded: `response_too_large`.
+        """
+        if self.bytes > bytes_max:
+            raise LimitExceeded(
+                "response_too_large",
+                f"the values of group_id {self.group_id[:100]!r} have {self.bytes} bytes,"
+                f" the limit of one answer is {bytes_max}",
+                "group_id",
+            )
+
+    def snapshot(self, data: bytes, now_ms: int) -> Snapshot:
+        """A sync with `data`, which must be what the group holds as of its head."""
+        head = self.head
+        return Snapshot(data, head.seq, head.epoch, head.tick(now_ms))
+
+    def _put(
+        self, item_id: str, value: bytes, now_ms: int, bytes_max: int, errors: bytes = b""
+    ) -> Done:
+        if len(value) > bytes_max // 2:  # the answer to the next write holds two values
+            raise LimitExceeded(
+                "value_too_large",
+                f"the value has {len(value)} bytes, the limit is {bytes_max // 2}",
+                "data",
+            )
+        old = self.items.get(item_id)
+        self.items[item_id] = value
+        self.bytes += len(value) + 1
+        if old is None:
+            kind, old = Kind.CREATE, b"null"
+            self.count += 1
+        else:
+            kind = Kind.UPDATE
+            self.bytes -= len(old) + 1
+        result = b"".join((b'{"old_value":', old, b',"new_value":', value, errors, b"}"))
+        return Done(result, self._change(kind, item_id, value, now_ms))
+
+    def _delete(self, item_id: str, now_ms: int) -> Done:
+        old = self.items.pop(item_id, None)
+        if old is None:
+            return Done(b'{"old_value":null}')
+        self.count -= 1
+        self.bytes -= len(old) + 1
+        change = self._change(Kind.DELETE, item_id, old, now_ms)
+        return Done(b'{"old_value":' + old + b"}", change)
+
+    def _change(
+        self,
+        kind: Kind,
+        item_id: str | None,
+        data: bytes,
+        now_ms: int,
+        event_type: str | None = None,
+    ) -> Change:
+        head = self.head
+        head.seq += 1
+        return Change(kind, item_id, data, head.seq, head.tick(now_ms), event_type)
+
+
+Outcome = Done | Snapshot | InvalidRequest | LimitExceeded
+"""What came of an operation that a group was asked for, refusals included."""
+
+
+def attempt(group: GroupState, operation: Operation, now_ms: int, bytes_max: int) -> Outcome:
+    """`GroupState.evaluate` with a refusal as a value."""
+    try:
+        return group.evaluate(operation, now_ms, bytes_max)
+    except (InvalidRequest, LimitExceeded) as refusal:
+        return refusal

@@ -1,0 +1,149 @@
+"""The shard process: builds the parts, serves the link, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from broker import locks, logs, service
+from broker.clock import wall_clock_ms
+from broker.config import Config, KvAdapter
+from broker.errors import ConfigError
+from broker.http import MetricsServer
+from broker.link import Link
+from broker.link_protocol import shard_reader
+from broker.metrics import Metrics, by_label
+from broker.service import Ready, Service
+from shards import manifest
+from shards.requests import Requests
+from shards.storage.base import Storage
+from shards.storage.memory import MemoryStorage
+from shards.storage.sqlite import SqliteStorage
+
+_FILE_PATH_KEY = "modules[].config.adapter.config.file_path"
+_SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
+
+_log = logs.Log("shard")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m shards`; returns the exit code."""
+    parser = service.options("shards")
+    parser.add_argument("--index", type=int, required=True, help="number of the shard, from 0")
+    parsed = parser.parse_args(arguments)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    return service.run(f"shard-{parsed.index}", parsed, parsed.index, serve)
+
+
+async def serve(process: Service) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        ConfigError: the data, the socket or the metrics port can't be had.
+    """
+    settings, index = process.config, process.index
+    if index >= settings.shards:
+        raise ConfigError("broker.shards", f"is {settings.shards}: there is no shard {index}")
+    socket_path = service.shard_socket(settings, index)
+    lock = locks.take(
+        socket_path.with_suffix(".lock"), "broker.run_dir", f"the run_dir {settings.run_dir}"
+    )
+    storage = _storage(settings, index)
+    await storage.open()
+    requests = Requests(index, settings.shards, storage)
+    listener = service.unix_socket(socket_path, "broker.run_dir")
+    server = await asyncio.get_running_loop().create_unix_server(
+        partial(
+            Link,
+            requests,
+            shard_reader,
+            settings.limits.link_queue_bytes_max,
+            pause_when_full=True,
+        ),
+        sock=listener,
+    )
+    metrics = MetricsServer(_metrics(index, requests, storage).registry)
+    host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
+    port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
+    process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
+    _log.info("shard_started", socket=socket_path, metrics_port=port)
+    await process.stopping.wait()
+    server.close()
+    metrics.close()
+    await _drain(requests, settings.limits.stop_timeout_s)
+    await storage.close()
+    socket_path.unlink(missing_ok=True)
+    os.close(lock)
+    _log.info("shard_stopped")
+
+
+def _storage(settings: Config, index: int) -> Storage:
+    adapter = settings.adapter
+    limits = settings.limits
+    if not isinstance(adapter, KvAdapter):
+        raise ConfigError(
+            "modules[].config.adapter", "the Redis adapter is not in this release; use KvStore"
+        )
+    if adapter.store_method == "in_memory":
+        return MemoryStorage(wall_clock_ms, limits.response_bytes_max)
+    folder = Path(adapter.file_path)
+    manifest.check(folder, settings.shards)
+    directory = folder / f"shard-{index}"
+    locks.take(directory / "lock", _FILE_PATH_KEY, f"the data in {directory}")
+    return SqliteStorage(
+        directory, wall_clock_ms, limits.response_bytes_max, limits.group_cache_bytes_max
+    )
+
+
+async def _drain(requests: Requests, timeout_s: float) -> None:
+    """Finish what came, and let the gateways have the answers."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await requests.committer.drain()
+            for link in requests.links:
+                link.flush_and_close()
+            while requests.links:
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        _log.warning("drain_timed_out", waiting=requests.committer.waiting)
+
+
+def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
+    metrics = Metrics({"shard": str(index)})
+    committer = requests.committer
+    metrics.counters(
+        "calls",
+        "Calls received from gateways, by function.",
+        lambda: by_label("function", requests.calls_total),
+    )
+    metrics.counters(
+        "call_failures",
+        "Calls answered with an error, by its code.",
+        lambda: by_label("code", requests.failures_total),
+    )
+    metrics.counter(
+        "commit_batches", "Batches handed to the storage.", lambda: committer.batches_total
+    )
+    metrics.counter(
+        "commit_operations", "Operations in those batches.", lambda: committer.operations_total
+    )
+    metrics.gauge(
+        "operations_waiting", "Operations not yet settled.", lambda: committer.waiting
+    )
+    metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
+    metrics.counter(
+        "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total
+    )
+    metrics.gauge("triggers", "Triggers registered.", lambda: len(requests.triggers))
+    metrics.gauge("links", "Gateways linked.", lambda: len(requests.links))
+    metrics.gauge(
+        "link_queue_bytes",
+        "Bytes that gateways have not taken yet.",
+        lambda: sum(link.queue_bytes for link in requests.links),
+    )
+    if isinstance(storage, SqliteStorage):
+        metrics.gauge("cache_bytes", "Bytes of cached groups.", lambda: storage.cached_bytes)
+    return metrics

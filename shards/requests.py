@@ -1,0 +1,219 @@
+"""What gateways ask of the shard, and what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import assert_never
+
+import msgspec
+
+from broker import messages
+from broker.errors import BrokerError, StorageError
+from broker.link import Link
+from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
+from broker.names import Group
+from shards.committer import Committer
+from shards.events import event_payload, sync_payload
+from shards.group import Change, GroupState, Operation, Snapshot
+from shards.storage.base import Settled, Storage
+from shards.triggers import Triggers
+
+WAITING_MAX = 200_000
+"""Operations that wait in the shard; past it calls are refused with `overloaded`."""
+
+_FAILURES: dict[type[Operation], tuple[str, str]] = {
+    messages.Set: ("STREAM_SET_ERROR", "Failed to set value"),
+    messages.Get: ("STREAM_GET_ERROR", "Failed to get value"),
+    messages.Delete: ("STREAM_DELETE_ERROR", "Failed to delete value"),
+    messages.Update: ("STREAM_UPDATE_ERROR", "Failed to update value"),
+    messages.Send: ("STREAM_SEND_ERROR", "Failed to send event"),
+    messages.List: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
+    messages.Join: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
+}
+"""Code and beginning of the message when storage fails (protocol section 7.1)."""
+
+GatewayLink = Link[ToShard]
+
+
+class Requests:
+    """The shard's side of all links: takes messages, answers, and tells who is interested."""
+
+    def __init__(self, shard: int, shards: int, storage: Storage) -> None:
+        self._shard = shard
+        self._shards = shards
+        self._storage = storage
+        self.committer = Committer[GatewayLink](storage, self._settle)
+        self.triggers = Triggers[GatewayLink]()
+        self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
+        self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.events_total = 0
+        self.triggers_fired_total = 0
+        self.failures_total: dict[str, int] = {}
+        self.calls_total: dict[str, int] = {}
+
+    @property
+    def links(self) -> list[GatewayLink]:
+        """The links that are made."""
+        return list(self._links)
+
+    def link_made(self, link: GatewayLink) -> None:
+        self._links[link] = set()
+
+    def link_lost(self, link: GatewayLink, reason: str) -> None:  # noqa: ARG002  # LinkOwner
+        for group in self._links.pop(link, ()):
+            self._not_interested(link, group)
+        self.triggers.remove_all(link)
+
+    def messages_received(self, link: GatewayLink, received: list[ToShard]) -> None:
+        """Take what came in one piece; operations of it on one stream share a commit."""
+        for message in received:
+            self._receive(link, message)
+        self.committer.start()
+
+    def _receive(self, link: GatewayLink, message: ToShard) -> None:
+        match message:
+            case (
+                messages.Set()
+                | messages.Get()
+                | messages.Update()
+                | messages.Delete()
+                | messages.Send()
+                | messages.List()
+                | messages.Join()
+            ):
+                self._count_call(message)
+                if self.committer.waiting >= WAITING_MAX:
+                    self._fail(link, message.call_id, _overloaded())
+                else:
+                    self.committer.add(message, link)
+            case messages.Leave():
+                group = Group(message.stream, message.group_id)
+                if group in self._links.get(link, ()):
+                    self._links[link].discard(group)
+                    self._not_interested(link, group)
+            case messages.ListGroups():
+                self._count_call(message)
+                self._start(self._list_groups(link, message))
+            case messages.ListAll():
+                self._count_call(message)
+                self._start(self._list_all(link, message))
+            case messages.AddTrigger():
+                self.triggers.add(link, message)
+            case messages.RemoveTrigger():
+                self.triggers.remove(link, message.trigger_id)
+            case messages.Heartbeat():
+                link.send(message)
+            case messages.Hello():
+                if message.version != messages.VERSION:
+                    link.cut(f"the gateway speaks version {message.version} of the link")
+                else:
+                    link.send(Welcome(messages.VERSION, self._shard, self._shards))
+            case _:
+                assert_never(message)
+
+    def _settle(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
+        outcome, group = settled
+        if isinstance(outcome, BrokerError):
+            if isinstance(outcome, StorageError):
+                code, what = _FAILURES[type(operation)]
+                outcome = StorageError(
+                    code, f"{what}: {outcome.message}", retryable=outcome.retryable
+                )
+            self._fail(link, operation.call_id, outcome)
+            return
+        assert group is not None, "a group comes with every outcome but a StorageError"
+        if isinstance(outcome, Snapshot):
+            assert isinstance(operation, messages.Join)
+            self._joined(link, operation, group, outcome)
+            return
+        link.send(Reply(operation.call_id, outcome.result))
+        if outcome.change is not None:
+            self._publish(operation.stream, group, outcome.change)
+
+    def _joined(
+        self, link: GatewayLink, join: messages.Join, group: GroupState, snapshot: Snapshot
+    ) -> None:
+        groups = self._links.get(link)
+        if groups is None:
+            return  # the link was lost meanwhile
+        key = Group(join.stream, join.group_id)
+        if key not in groups:
+            groups.add(key)
+            self._interested.setdefault(key, []).append(link)
+        payload = sync_payload(group, join.item_id, snapshot)
+        link.send(Synced(join.call_id, snapshot.seq, payload))
+
+    def _publish(self, stream: str, group: GroupState, change: Change) -> None:
+        """Tell `change` once to each gateway that wants the group or has a trigger on it."""
+        group_id = group.group_id
+        interested = self._interested.get((stream, group_id), ())
+        fired = self.triggers.matching(stream, group_id, change.item_id)
+        if not interested and not fired:
+            return
+        payload = event_payload(group, change)
+        for link in {**dict.fromkeys(interested), **dict.fromkeys(fired)}:
+            triggers = fired.get(link, [])
+            self.events_total += 1
+            self.triggers_fired_total += len(triggers)
+            link.send(
+                Event(
+                    stream,
+                    group_id,
+                    change.item_id,
+                    change.seq,
+                    payload,
+                    link in interested,
+                    triggers,
+                )
+            )
+
+    def _not_interested(self, link: GatewayLink, group: tuple[str, str]) -> None:
+        links = self._interested[group]
+        links.remove(link)
+        if not links:
+            del self._interested[group]
+
+    async def _list_groups(self, link: GatewayLink, call: messages.ListGroups) -> None:
+        try:
+            groups = await self.committer.groups(call.stream)
+        except StorageError as error:
+            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
+        else:
+            link.send(Reply(call.call_id, msgspec.json.encode(groups)))
+
+    async def _list_all(self, link: GatewayLink, call: messages.ListAll) -> None:
+        found: dict[str, list[str]] = {}
+        try:
+            for stream in await self._storage.streams():
+                if groups := await self.committer.groups(stream):
+                    found[stream] = groups
+        except StorageError as error:
+            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
+        else:
+            link.send(Reply(call.call_id, msgspec.json.encode(found)))
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
+        self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1
+        link.send(Failure(call_id, error.code, error.message, error.field, error.retryable))
+
+    def _count_call(self, call: ToShard) -> None:
+        name = type(call).__name__
+        self.calls_total[name] = self.calls_total.get(name, 0) + 1
+
+
+def _overloaded() -> BrokerError:
+    return BrokerError(
+        "overloaded", f"{WAITING_MAX} operations wait in the shard; retry later", retryable=True
+    )
+
+
+def _spanning_failure(code: str, error: StorageError) -> StorageError:
+    what = "list groups" if code == "STREAM_LIST_GROUPS_ERROR" else "list stream"
+    return StorageError(code, f"Failed to {what}: {error.message}", retryable=error.retryable)

@@ -1,0 +1,1 @@
+"""Where items live: one module per adapter behind the interface of `base`."""

@@ -1,0 +1,363 @@
+"""KvStore `file_based`: an SQLite file per stream, and what is in use of it in memory.
+
+Operations are evaluated on the loop, on cached groups; a thread loads what is not cached before
+and commits what changed after. A group is cached whole, unless it is large: then only the items
+that a batch touches are loaded for it. Nobody reads the cache between evaluation and commit, as
+there is one batch at a time per stream; when a commit fails, what is cached of the stream is
+forgotten, so that memory never holds what the disk does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from broker import messages
+from broker.clock import Clock
+from broker.errors import ConfigError, LimitExceeded, StorageError
+from broker.names import file_name, stream_of_file_name
+from shards.group import (
+    ITEM_OVERHEAD_BYTES,
+    Change,
+    Done,
+    GroupState,
+    Head,
+    Kind,
+    Operation,
+    attempt,
+    new_head,
+)
+from shards.storage.base import Settle, Settled
+from shards.storage.sqlite_file import Batch, GroupRow, StreamFile, failure, stream_name
+
+THREADS = 4
+OPEN_FILES_MAX = 256
+"""Stream files kept open per shard; each costs three descriptors."""
+GROUP_OVERHEAD_BYTES = 1000
+LARGE_SHARE = 16
+"""A group larger than the cache's limit divided by this is not cached whole."""
+
+T = TypeVar("T")
+
+
+class _Stream:
+    """What is in memory of a stream: its file once one is open, and cached groups."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.file: StreamFile | None = None
+        self.groups: dict[str, GroupState] = {}
+        self.busy = False
+
+
+class _Changes:
+    """What a batch leaves to be written: of each item the last state only."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, GroupState] = {}
+        self._items: dict[tuple[str, str], bytes] = {}
+        self._deleted: dict[tuple[str, str], None] = {}
+
+    def add(self, group: GroupState, change: Change) -> None:
+        self.groups[group.group_id] = group
+        if change.kind is Kind.EVENT:
+            return
+        assert change.item_id is not None, "only custom events may be of no item"
+        key = (group.group_id, change.item_id)
+        if change.kind is Kind.DELETE:
+            self._items.pop(key, None)
+            self._deleted[key] = None
+        else:
+            self._items[key] = change.data
+
+    def batch(self) -> Batch:
+        """The same in terms of rows; every group must have its row."""
+        rows = {group_id: group.row for group_id, group in self.groups.items()}
+        return Batch(
+            [(rows[group_id], item_id) for group_id, item_id in self._deleted],
+            [(rows[group_id], item_id, data) for (group_id, item_id), data in self._items.items()],
+            [_group_row(group) for group in self.groups.values()],
+        )
+
+
+class SqliteStorage:
+    """See `shards.storage.base.Storage`."""
+
+    def __init__(
+        self, directory: Path, clock: Clock, response_bytes_max: int, cache_bytes_max: int
+    ) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._response_bytes_max = response_bytes_max
+        self._cache_bytes_max = cache_bytes_max
+        self._large_bytes = cache_bytes_max // LARGE_SHARE
+        self._streams: dict[str, _Stream] = {}
+        self._open_files: OrderedDict[str, _Stream] = OrderedDict()
+        self._cached: OrderedDict[tuple[str, str], int] = OrderedDict()  # size, longest unused first
+        self.cached_bytes = 0
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                "modules[].config.adapter.config.file_path",
+                f"{self._directory} can't be made: {error.strerror}",
+            ) from None
+
+    async def close(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for stream in self._streams.values():
+            if stream.file is not None:
+                await self._in_thread(stream.file.close)
+        self._threads.shutdown()
+
+    def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
+        task = asyncio.get_running_loop().create_task(self._execute(stream, operations, settle))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def streams(self) -> list[str]:
+        known = {name for name, stream in self._streams.items() if stream.groups}
+        for path in await self._in_thread(lambda: sorted(self._directory.glob("*.db"))):
+            name = stream_of_file_name(path.stem)
+            if name is None:
+                name = await self._in_thread(partial(stream_name, path))
+            if name is not None:
+                known.add(name)
+        return list(known)
+
+    async def groups(self, stream: str) -> list[str]:
+        async with self._use(stream) as state:
+            file = await self._file(state, create=False)
+            return [] if file is None else await self._in_thread(file.groups)
+
+    async def _execute(
+        self, stream: str, operations: Sequence[Operation], settle: Settle
+    ) -> None:
+        settled: list[Settled] = []
+        async with self._use(stream) as state:
+            for segment in self._segments(state, operations):
+                try:
+                    settled += await self._perform(state, segment)
+                except StorageError as error:
+                    self._forget(state)
+                    settled += [(error, None)] * len(segment)
+        settle(settled)
+
+    def _segments(
+        self, state: _Stream, operations: Sequence[Operation]
+    ) -> Iterator[Sequence[Operation]]:
+        """Cut `operations` around reads of whole groups that are too large to be cached."""
+        start = 0
+        for end, operation in enumerate(operations):
+            if not _reads_whole(operation):
+                continue
+            group = state.groups.get(operation.group_id)
+            if group is None or not group.complete:  # may turn out to be large
+                if start < end:
+                    yield operations[start:end]
+                yield operations[end : end + 1]
+                start = end + 1
+        if start < len(operations):
+            yield operations[start:]
+
+    async def _perform(self, state: _Stream, operations: Sequence[Operation]) -> list[Settled]:
+        await self._load(state, operations)
+        if len(operations) == 1 and _reads_whole(operations[0]):
+            group = state.groups[operations[0].group_id]
+            if not group.complete:
+                return [await self._read_large(state, group, operations[0])]
+        now_ms = self._clock()
+        changes = _Changes()
+        settled: list[Settled] = []
+        for operation in operations:
+            group = state.groups[operation.group_id]
+            outcome = attempt(group, operation, now_ms, self._response_bytes_max)
+            settled.append((outcome, group))
+            if isinstance(outcome, Done) and outcome.change is not None:
+                changes.add(group, outcome.change)
+        if changes.groups:
+            await self._commit(state, changes)
+        self._account(state, {operation.group_id for operation in operations})
+        return settled
+
+    async def _load(self, state: _Stream, operations: Sequence[Operation]) -> None:
+        """Bring in the groups and items that `operations` need."""
+        unknown = {o.group_id for o in operations if o.group_id not in state.groups}
+        wanted: dict[str, set[str]] = {}
+        for operation in operations:
+            item_id = getattr(operation, "item_id", None)
+            group = state.groups.get(operation.group_id)
+            if item_id is not None and (group is None or not group.complete):
+                wanted.setdefault(operation.group_id, set()).add(item_id)
+        if not unknown and not wanted:
+            return
+        file = await self._file(state, create=False)  # a read makes no file
+        rows = await self._in_thread(lambda: file.group_rows(list(unknown))) if file else []
+        for row in rows:
+            state.groups[row.group_id] = self._group_of(state, row)
+        for group_id in unknown - {row.group_id for row in rows}:
+            state.groups[group_id] = GroupState(state.name, group_id, new_head())
+        if file is None:
+            return
+        loads: list[tuple[GroupState, Callable[[], list[tuple[str, bytes]]]]] = []
+        for row in rows:
+            group = state.groups[row.group_id]
+            if group.complete:
+                loads.append((group, partial(file.all_items, row.id)))
+        for group_id, item_ids in wanted.items():
+            group = state.groups[group_id]
+            if not group.complete:
+                loads.append((group, partial(file.some_items, group.row, list(item_ids))))
+        if loads:
+            found = await self._in_thread(lambda: [load() for _, load in loads])
+            for (group, _), items in zip(loads, found, strict=True):
+                group.items = dict(items)
+
+    async def _read_large(
+        self, state: _Stream, group: GroupState, operation: Operation
+    ) -> Settled:
+        try:
+            group.check_size(self._response_bytes_max)
+        except LimitExceeded as refusal:
+            return refusal, group
+        file = await self._file(state, create=False)
+        assert file is not None, "a large group is in a file"
+        group.items = dict(await self._in_thread(lambda: file.all_items(group.row)))
+        try:
+            return attempt(group, operation, self._clock(), self._response_bytes_max), group
+        finally:
+            group.items = {}
+
+    def _group_of(self, state: _Stream, row: GroupRow) -> GroupState:
+        group = GroupState(state.name, row.group_id, Head(row.epoch, row.seq, row.timestamp_ms))
+        group.row, group.count, group.bytes = row.id, row.items, row.bytes
+        group.complete = self._size(group) <= self._large_bytes
+        return group
+
+    async def _commit(self, state: _Stream, changes: _Changes) -> None:
+        file = await self._file(state, create=True)
+        assert file is not None, "made when it is missing"
+        for group in changes.groups.values():
+            if not group.row:
+                group.row = file.next_row
+                file.next_row += 1
+        batch = changes.batch()
+        await self._in_thread(lambda: file.commit(batch))
+
+    async def _file(self, state: _Stream, *, create: bool) -> StreamFile | None:
+        """The stream's open file; None when there is none and `create` is False."""
+        if state.file is None:
+            if not create and not await self._in_thread(state.path.exists):
+                return None
+            state.file = await self._in_thread(lambda: StreamFile(state.path, state.name))
+        self._open_files[state.name] = state
+        self._open_files.move_to_end(state.name)
+        if len(self._open_files) > OPEN_FILES_MAX:
+            await self._close_unused()
+        return state.file
+
+    async def _close_unused(self) -> None:
+        for name, state in list(self._open_files.items()):
+            if len(self._open_files) <= OPEN_FILES_MAX:
+                return
+            if not state.busy and state.file is not None:
+                del self._open_files[name]
+                file, state.file = state.file, None
+                await self._in_thread(file.close)
+
+    @asynccontextmanager
+    async def _use(self, name: str) -> AsyncIterator[_Stream]:
+        """A stream whose file stays open and whose groups stay cached meanwhile."""
+        state = self._streams.get(name)
+        if state is None:
+            path = self._directory / f"{file_name(name)}.db"
+            state = self._streams[name] = _Stream(name, path)
+        assert not state.busy, "one batch at a time"
+        state.busy = True
+        try:
+            yield state
+        finally:
+            state.busy = False
+            self._drop_if_unused(state)
+
+    def _forget(self, state: _Stream) -> None:
+        """Drop what memory holds of the stream; the next operation reads the disk."""
+        for group_id in state.groups:
+            self.cached_bytes -= self._cached.pop((state.name, group_id), 0)
+        state.groups.clear()
+        if state.file is not None:
+            self._open_files.pop(state.name, None)
+            file, state.file = state.file, None
+            self._threads.submit(file.close)
+
+    def _size(self, group: GroupState) -> int:
+        return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
+
+    def _account(self, state: _Stream, group_ids: set[str]) -> None:
+        """Count what the groups hold now, and forget the longest unused beyond the limit."""
+        for group_id in group_ids:
+            group = state.groups[group_id]
+            size = self._size(group)
+            if group.complete and size > self._large_bytes:
+                group.complete = False
+            if not group.complete:
+                group.items = {}
+                size = GROUP_OVERHEAD_BYTES
+            key = (state.name, group_id)
+            self.cached_bytes += size - self._cached.get(key, 0)
+            self._cached[key] = size
+            self._cached.move_to_end(key)
+        for _ in range(len(self._cached)):
+            if self.cached_bytes <= self._cache_bytes_max:
+                return
+            key = next(iter(self._cached))
+            other = self._streams[key[0]]
+            if other.busy:
+                self._cached.move_to_end(key)
+                continue
+            self.cached_bytes -= self._cached.pop(key)
+            del other.groups[key[1]]
+            self._drop_if_unused(other)
+
+    def _drop_if_unused(self, state: _Stream) -> None:
+        if not state.busy and not state.groups and state.file is None:
+            self._streams.pop(state.name, None)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except OSError as error:
+            raise failure(self._directory, error) from error
+
+
+def _group_row(group: GroupState) -> GroupRow:
+    head = group.head
+    return GroupRow(
+        group.row,
+        group.group_id,
+        head.epoch,
+        head.seq,
+        head.timestamp_ms,
+        group.count,
+        group.bytes,
+    )
+
+
+def _reads_whole(operation: Operation) -> bool:
+    match operation:
+        case messages.List() | messages.Join(item_id=None):
+            return True
+        case _:
+            return False
