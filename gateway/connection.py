@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol, cast
 
@@ -217,7 +217,7 @@ class Connection(asyncio.Protocol):
         if not self._write_paused and self._peer is not None:
             self._peer.drained()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's
+    def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._out = None
         self.drop_waiting()
         if self._close_timer is not None:
@@ -299,9 +299,7 @@ def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -
     return Response(200, "OK", headers, body)
 
 
-def _first_offered(
-    _: ServerProtocol, subprotocols: list[Subprotocol] | tuple[Subprotocol, ...]
-) -> Subprotocol | None:
+def _first_offered(_: ServerProtocol, subprotocols: Sequence[Subprotocol]) -> Subprotocol | None:
     """Browsers fail a connection that answers none of what they offered (protocol section 5.1)."""
     return subprotocols[0] if subprotocols else None
 

@@ -51,7 +51,14 @@ class ShardLinks:
         user: LinkUser,
     ) -> None:
         self.links = [
-            ShardLink(shard, path, gateway_id, queue_bytes_max, user, len(paths))
+            ShardLink(
+                shard,
+                path,
+                shards=len(paths),
+                gateway_id=gateway_id,
+                queue_bytes_max=queue_bytes_max,
+                user=user,
+            )
             for shard, path in enumerate(paths)
         ]
 
@@ -83,10 +90,11 @@ class ShardLink:
         self,
         shard: int,
         path: Path,
+        *,
+        shards: int,
         gateway_id: str,
         queue_bytes_max: int,
         user: LinkUser,
-        shards: int,
     ) -> None:
         self.shard = shard
         self._shards = shards
@@ -202,9 +210,7 @@ class ShardLink:
                     self._user.event_received(self.shard, message)
                 case Failure():
                     answers.pop(message.call_id)(
-                        BrokerError(
-                            message.code, message.message, message.field, message.retryable
-                        )
+                        BrokerError(message.code, message.message, message.field, message.retryable)
                     )
                 case Heartbeat():
                     pass

@@ -30,7 +30,7 @@ class Leave(msgspec.Struct, tag_field="type", tag="leave"):
 
 ClientMessage = Join | Leave
 
-_decoder = msgspec.json.Decoder(ClientMessage)
+_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _encode = msgspec.json.encode
 
 

@@ -130,9 +130,7 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
     metrics.counter(
         "commit_operations", "Operations in those batches.", lambda: committer.operations_total
     )
-    metrics.gauge(
-        "operations_waiting", "Operations not yet settled.", lambda: committer.waiting
-    )
+    metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)
     metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
     metrics.counter(
         "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total

@@ -61,7 +61,7 @@ class Requests:
     def link_made(self, link: GatewayLink) -> None:
         self._links[link] = set()
 
-    def link_lost(self, link: GatewayLink, reason: str) -> None:  # noqa: ARG002  # LinkOwner
+    def link_lost(self, link: GatewayLink, reason: str) -> None:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
         self.triggers.remove_all(link)

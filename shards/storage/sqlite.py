@@ -100,7 +100,9 @@ class SqliteStorage:
         self._large_bytes = cache_bytes_max // LARGE_SHARE
         self._streams: dict[str, _Stream] = {}
         self._open_files: OrderedDict[str, _Stream] = OrderedDict()
-        self._cached: OrderedDict[tuple[str, str], int] = OrderedDict()  # size, longest unused first
+        self._cached: OrderedDict[tuple[str, str], int] = (
+            OrderedDict()
+        )  # size, longest unused first
         self.cached_bytes = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,9 +144,7 @@ class SqliteStorage:
             file = await self._file(state, create=False)
             return [] if file is None else await self._in_thread(file.groups)
 
-    async def _execute(
-        self, stream: str, operations: Sequence[Operation], settle: Settle
-    ) -> None:
+    async def _execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         settled: list[Settled] = []
         async with self._use(stream) as state:
             for segment in self._segments(state, operations):
@@ -225,9 +225,7 @@ class SqliteStorage:
             for (group, _), items in zip(loads, found, strict=True):
                 group.items = dict(items)
 
-    async def _read_large(
-        self, state: _Stream, group: GroupState, operation: Operation
-    ) -> Settled:
+    async def _read_large(self, state: _Stream, group: GroupState, operation: Operation) -> Settled:
         try:
             group.check_size(self._response_bytes_max)
         except LimitExceeded as refusal:

@@ -171,9 +171,7 @@ class StreamFile:
             execute("BEGIN IMMEDIATE")
             for sql, parameters in _statements(_DELETE_ITEMS, "(?,?)", batch.deleted):
                 execute(sql, parameters)
-            for sql, parameters in _statements(
-                _INSERT_ITEMS, "(?,?,CAST(? AS TEXT))", batch.items
-            ):
+            for sql, parameters in _statements(_INSERT_ITEMS, "(?,?,CAST(? AS TEXT))", batch.items):
                 execute(sql, parameters)
             groups = [msgspec.structs.astuple(row) for row in batch.groups]
             for sql, parameters in _statements(_INSERT_GROUPS, "(?,?,?,?,?,?,?)", groups):

@@ -120,13 +120,10 @@ BAD_FIELD = {
     "ignored frame: groupId is a number": "groupId",
     "ignored frame: groupId null": "groupId",
 }
-# Blank frames are ignored, not bad. Of two fields of one name a parser takes the last: this one is
-# then a leave of what was never joined, which has no answer.
-REALLY_IGNORED = {
+REALLY_IGNORED = {  # blank frames are not bad
     "ignored frame: empty text",
     "ignored frame: blank text",
     "ignored frame: binary, empty",
-    "ignored frame: duplicate key",
 }
 
 # What is right instead of what was recorded: name of the scene to the number of the allowed

@@ -1,0 +1,144 @@
+"""`broker serve`: starts shards and gateway, restarts what dies, stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from broker import config, logs
+from broker.config import Config
+from broker.service import CONFIG_EXIT_CODE, Ready
+
+RESTART_FIRST_S, RESTART_MAX_S = 0.1, 5.0
+STABLE_S = 30.0
+"""A process that lived so long is restarted at once when it dies."""
+KILL_AFTER_S = 5.0
+"""Beyond the configured stop timeout, after which a process that does not end is killed."""
+
+_log = logs.Log("supervisor")
+
+
+class _Child:
+    """One process that is kept running."""
+
+    def __init__(self, name: str, arguments: Sequence[str], settings: Config) -> None:
+        self.name = name
+        self._arguments = arguments
+        self._settings = settings
+        self.process: asyncio.subprocess.Process | None = None
+        self.restarts = 0
+
+    async def start(self) -> Ready | None:
+        """Start the process; what it says when it is ready, None when it ends before."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *self._arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
+        )
+        self.process = process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(config.to_json(self._settings) + b"\n")
+            await process.stdin.drain()  # the pipe stays open: its end would stop the process
+        line = await process.stdout.readline()
+        return msgspec.json.decode(line, type=Ready) if line else None
+
+    async def keep(self) -> None:
+        """Start the process again whenever it ends, until cancelled."""
+        loop = asyncio.get_running_loop()
+        delay_s = RESTART_FIRST_S
+        started = loop.time()
+        while True:
+            assert self.process is not None, "started before"
+            code = await self.process.wait()
+            if loop.time() - started > STABLE_S:
+                delay_s = RESTART_FIRST_S
+            _log.warning("process_died", process=self.name, exit_code=code, restart_in_s=delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RESTART_MAX_S)
+            self.restarts += 1
+            started = loop.time()
+            if await self.start() is not None:
+                _log.info("process_restarted", process=self.name)
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the process, with force when it takes too long."""
+        process = self.process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await process.wait()
+            except TimeoutError:
+                _log.error("process_killed", process=self.name)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+
+async def serve(settings: Config, log_options: Sequence[str]) -> int:
+    """Run a whole broker until SIGTERM or SIGINT; returns the exit code."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    shards = [
+        _Child(f"shard-{k}", ["-m", "shards", "--index", str(k), *log_options], settings)
+        for k in range(settings.shards)
+    ]
+    gateway = _Child("gateway", ["-m", "gateway", *log_options], settings)
+    children = [*shards, gateway]
+    stopped = asyncio.create_task(stopping.wait())
+    try:
+        ready = await _start(children, stopped)
+        if ready is None:
+            return 0 if stopping.is_set() else CONFIG_EXIT_CODE
+        print(
+            f"ready stream={ready.stream} worker={ready.worker} metrics={ready.metrics}"
+            f" shards={settings.shards}",
+            flush=True,
+        )
+        keepers = [asyncio.create_task(child.keep()) for child in children]
+        await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
+        for keeper in keepers:
+            keeper.cancel()
+        outcomes = await asyncio.gather(*keepers, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return 0
+    finally:
+        stopped.cancel()
+        timeout_s = settings.limits.stop_timeout_s + KILL_AFTER_S
+        await gateway.stop(timeout_s)
+        await asyncio.gather(*(shard.stop(timeout_s) for shard in shards))
+
+
+async def _start(children: list[_Child], stopped: asyncio.Task[bool]) -> Ready | None:
+    """Start all; the gateway's addresses when all are ready, None when one of them is not."""
+    starts = [asyncio.create_task(child.start()) for child in children]
+    waiting: set[asyncio.Task[Ready | None]] = set(starts)
+    while waiting and not stopped.done():
+        done, _ = await asyncio.wait({*waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        waiting -= done
+        if any(task in done and task.result() is None for task in starts):
+            break  # it said why
+    for task in starts:
+        task.cancel()
+    outcomes = await asyncio.gather(*starts, return_exceptions=True)
+    if any(not isinstance(outcome, Ready) for outcome in outcomes):
+        return None
+    ready = outcomes[-1]
+    assert isinstance(ready, Ready)
+    return ready

@@ -1,0 +1,113 @@
+"""Which worker serves which function, and who is next when it leaves. No I/O."""
+
+from __future__ import annotations
+
+import re
+from typing import Generic, TypeVar
+
+from gateway.worker_protocol import RegisterFunction
+
+W = TypeVar("W")
+
+BUILTINS = frozenset(
+    {
+        "stream::set",
+        "stream::get",
+        "stream::delete",
+        "stream::update",
+        "stream::send",
+        "stream::list",
+        "stream::list_groups",
+        "stream::list_all",
+        "engine::workers::register",
+        "engine::functions::list",
+        "engine::functions::info",
+        "engine::workers::list",
+        "engine::workers::info",
+        "engine::triggers::list",
+        "engine::triggers::info",
+        "engine::registered-triggers::list",
+        "engine::registered-triggers::info",
+    }
+)
+"""Ids that the broker answers itself."""
+
+_PREFIX = re.compile(r"(.*?)::")
+
+Key = tuple[str, str]
+"""Namespace and id."""
+
+
+class Registration(Generic[W]):
+    """A function as one worker registered it."""
+
+    __slots__ = ("definition", "worker")
+
+    def __init__(self, worker: W, definition: RegisterFunction) -> None:
+        self.worker = worker
+        self.definition = definition
+
+
+class Functions(Generic[W]):
+    """The functions of all workers. Of several registrations the first is served, others wait."""
+
+    def __init__(self) -> None:
+        self._registrations: dict[Key, list[Registration[W]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._registrations)
+
+    def register(self, namespace: str, worker: W, definition: RegisterFunction) -> W | None:
+        """Enter a function. Returns another worker that owns the id and keeps it, if there is."""
+        waiting = self._registrations.setdefault((namespace, definition.id), [])
+        for registration in waiting:
+            if registration.worker is worker:
+                registration.definition = definition
+                break
+        else:
+            waiting.append(Registration(worker, definition))
+        owner = waiting[0].worker
+        return None if owner is worker else owner
+
+    def unregister(self, namespace: str, worker: W, function_id: str) -> None:
+        """Take the worker's registration out; the longest waiting one takes its place."""
+        key = (namespace, function_id)
+        waiting = self._registrations.get(key)
+        if waiting is None:
+            return
+        waiting[:] = [r for r in waiting if r.worker is not worker]
+        if not waiting:
+            del self._registrations[key]
+
+    def remove_worker(self, worker: W) -> None:
+        """Take out all of a worker's registrations."""
+        for namespace, function_id in list(self._registrations):
+            self.unregister(namespace, worker, function_id)
+
+    def move_worker(self, worker: W, old: str, new: str) -> None:
+        """Move a worker's registrations to another namespace."""
+        for key, waiting in list(self._registrations.items()):
+            if key[0] == old:
+                for registration in [r for r in waiting if r.worker is worker]:
+                    self.unregister(old, worker, key[1])
+                    self.register(new, worker, registration.definition)
+
+    def find(self, namespace: str, function_id: str) -> Registration[W] | None:
+        """The registration that is served."""
+        waiting = self._registrations.get((namespace, function_id))
+        return waiting[0] if waiting else None
+
+    def served(self) -> list[tuple[Key, Registration[W]]]:
+        """All functions, sorted by id."""
+        items = ((key, waiting[0]) for key, waiting in self._registrations.items())
+        return sorted(items, key=lambda item: (item[0][1], item[0][0]))
+
+    def served_by(self, worker: W) -> int:
+        """How many functions the worker owns."""
+        return sum(1 for waiting in self._registrations.values() if waiting[0].worker is worker)
+
+
+def id_prefix(function_id: str) -> str:
+    """The part of an id before the first `::`, or all of it."""
+    found = _PREFIX.match(function_id)
+    return found.group(1) if found else function_id

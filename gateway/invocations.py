@@ -1,0 +1,239 @@
+"""Calls to functions of workers: who waits for which answer (protocol section 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from broker.errors import BrokerError, LimitExceeded
+from gateway.functions import Functions
+from gateway.worker_protocol import InvocationResult, error_text, invoke_function, present
+
+
+class Result(msgspec.Struct, frozen=True):
+    """How a call ended: `error` (JSON text of the error object) or `result` (JSON text or None)."""
+
+    result: bytes | None = None
+    error: bytes | None = None
+
+
+K = TypeVar("K")
+
+Answered = Callable[[Result], None]
+
+
+class Executor(Protocol):
+    """A worker that functions can be called on."""
+
+    worker_id: str
+
+    def send_call(self, payload: bytes) -> bool:
+        """Send a call; False when too much waits for the worker already."""
+
+
+class Invocation:
+    """A call that waits for its answer."""
+
+    __slots__ = ("answered", "caller", "executor")
+
+    def __init__(self, executor: Executor, caller: object, answered: Answered | None) -> None:
+        self.executor = executor
+        self.caller = caller
+        self.answered = answered
+
+
+class Invocations:
+    """Calls under way, by ids of the broker's own."""
+
+    def __init__(self, functions: Functions[Executor], in_flight_max: int) -> None:
+        self._functions = functions
+        self._in_flight_max = in_flight_max
+        self._pending: dict[str, Invocation] = {}
+        self._by_executor: dict[Executor, set[str]] = {}
+        self._by_caller: dict[object, set[str]] = {}
+        self.invocations_total = 0
+        self.overloaded_total = 0
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def active(self, worker: object) -> int:
+        """Calls that the worker made or executes, and that are not answered."""
+        made = len(self._by_caller.get(worker, ()))
+        return made + len(self._by_executor.get(worker, ()))  # type: ignore[call-overload]
+
+    def invoke(
+        self,
+        function_id: str,
+        data: bytes,
+        answered: Answered | None,
+        *,
+        namespace: str = "default",
+        caller: object = None,
+        traceparent: str | None = None,
+        baggage: str | None = None,
+        metadata: bytes | None = None,
+    ) -> str | None:
+        """Call a function; `answered` is told how it ended, possibly at once.
+
+        Returns the id to `forget` the call by, None when it has ended already.
+        """
+        registration = self._functions.find(namespace, function_id)
+        if registration is None:
+            _ended(answered, not_found(function_id, namespace))
+            return None
+        made = self._by_caller.get(caller, ()) if caller is not None else ()
+        if len(made) >= self._in_flight_max:
+            self.overloaded_total += 1
+            _ended(
+                answered,
+                LimitExceeded(
+                    "too_many_calls",
+                    f"{self._in_flight_max} calls of this connection wait for an answer",
+                    retryable=True,
+                ),
+            )
+            return None
+        executor = registration.worker
+        invocation_id = str(uuid.uuid4())
+        payload = invoke_function(
+            invocation_id,
+            function_id,
+            data,
+            traceparent=traceparent,
+            baggage=baggage,
+            metadata=metadata,
+        )
+        if not executor.send_call(payload):
+            self.overloaded_total += 1
+            _ended(
+                answered,
+                LimitExceeded(
+                    "worker_overloaded",
+                    f"the worker that serves {function_id} does not take its calls",
+                    retryable=True,
+                ),
+            )
+            return None
+        self.invocations_total += 1
+        if answered is None:
+            return None
+        self._pending[invocation_id] = Invocation(executor, caller, answered)
+        self._by_executor.setdefault(executor, set()).add(invocation_id)
+        if caller is not None:
+            self._by_caller.setdefault(caller, set()).add(invocation_id)
+        return invocation_id
+
+    def call_within(
+        self,
+        timeout_s: float,
+        function_id: str,
+        data: bytes,
+        answered: Answered,
+        *,
+        namespace: str = "default",
+        metadata: bytes | None = None,
+    ) -> None:
+        """`invoke` for the broker itself, with a limit on the wait for the answer."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def ended(result: Result) -> None:
+            if timer is not None:
+                timer.cancel()
+            answered(result)
+
+        invocation_id = self.invoke(
+            function_id, data, ended, namespace=namespace, metadata=metadata
+        )
+        if invocation_id is not None:
+            error = BrokerError("timeout", f"{function_id} did not answer within {timeout_s:g} s")
+            late = Result(error=error_text(error))
+            timer = loop.call_later(timeout_s, self._settle_late, invocation_id, late)
+
+    async def call(
+        self,
+        function_id: str,
+        data: bytes,
+        timeout_s: float,
+        *,
+        namespace: str = "default",
+        metadata: bytes | None = None,
+    ) -> Result:
+        """`call_within`, awaited."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def answered(result: Result) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        self.call_within(
+            timeout_s, function_id, data, answered, namespace=namespace, metadata=metadata
+        )
+        return await future
+
+    def answer(self, executor: Executor, message: InvocationResult) -> None:
+        """An answer came; ignored unless it is of a call that `executor` was sent."""
+        invocation = self._pending.get(message.invocation_id)
+        if invocation is None or invocation.executor is not executor:
+            return
+        self._settle(message.invocation_id, Result(present(message.result), present(message.error)))
+
+    def answer_undecodable(self, executor: Executor, invocation_id: str, error: bytes) -> None:
+        """An answer came that can't be read: the caller is told so."""
+        invocation = self._pending.get(invocation_id)
+        if invocation is not None and invocation.executor is executor:
+            self._settle(invocation_id, Result(error=error))
+
+    def forget(self, invocation_id: str) -> None:
+        """Nobody waits for the call any more."""
+        if invocation_id in self._pending:
+            self._remove(invocation_id)
+
+    def remove_worker(self, worker: Executor) -> None:
+        """The worker left: calls to it fail, its own are forgotten."""
+        for invocation_id in list(self._by_caller.get(worker, ())):
+            self._remove(invocation_id)
+        stopped = Result(error=error_text(BrokerError("invocation_stopped", "Invocation stopped")))
+        for invocation_id in list(self._by_executor.get(worker, ())):
+            self._settle(invocation_id, stopped)
+
+    def _settle_late(self, invocation_id: str, result: Result) -> None:
+        if invocation_id in self._pending:
+            self._settle(invocation_id, result)
+
+    def _settle(self, invocation_id: str, result: Result) -> None:
+        invocation = self._remove(invocation_id)
+        if invocation.answered is not None:
+            invocation.answered(result)
+
+    def _remove(self, invocation_id: str) -> Invocation:
+        invocation = self._pending.pop(invocation_id)
+        _discard(self._by_executor, invocation.executor, invocation_id)
+        if invocation.caller is not None:
+            _discard(self._by_caller, invocation.caller, invocation_id)
+        return invocation
+
+
+def _ended(answered: Answered | None, error: BrokerError) -> None:
+    """Tell that a call ended before it began."""
+    if answered is not None:
+        answered(Result(error=error_text(error)))
+
+
+def not_found(function_id: str, namespace: str) -> BrokerError:
+    """No worker serves the function."""
+    return BrokerError(
+        "function_not_found", f"Function {function_id} not found in namespace {namespace}."
+    )
+
+
+def _discard(index: dict[K, set[str]], key: K, invocation_id: str) -> None:
+    ids = index[key]
+    ids.discard(invocation_id)
+    if not ids:
+        del index[key]

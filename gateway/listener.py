@@ -1,0 +1,115 @@
+"""What both ports share: accepting, limits, pings, timeouts, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+from websockets.frames import CloseCode
+from websockets.http11 import Request
+
+from broker import logs
+from broker.config import Limits
+from gateway.connection import Connection
+
+SWEEP_INTERVAL_S = 0.5
+
+_log = logs.Log("listener")
+
+
+class Listener(ABC):
+    """A port that speaks WebSocket. Subclasses say what becomes of a request."""
+
+    def __init__(
+        self, name: str, limits: Limits, message_bytes_max: int, send_queue_bytes_max: int
+    ) -> None:
+        self.name = name
+        self.message_bytes_max = message_bytes_max
+        self.send_queue_bytes_max = send_queue_bytes_max
+        self.limits = limits
+        self.connections: set[Connection] = set()
+        self.accepted: set[Connection] = set()
+        self.stopping = False
+        self.connections_total = 0
+        self.refused_total: dict[str, int] = {}
+        self.dead_total = 0
+        self._now: Callable[[], float] = asyncio.get_running_loop().time
+        self._server: asyncio.Server | None = None
+        self._pinged: dict[Connection, float] = {}
+
+    async def start(self, listener: socket.socket) -> None:
+        """Serve on a listening socket."""
+        self._server = await asyncio.get_running_loop().create_server(
+            partial(Connection, self, self._now), sock=listener
+        )
+
+    async def watch(self) -> None:
+        """Ping, and cut what is dead, stalled or never asked for anything; until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self._sweep(self._now())
+
+    async def stop(self, reason: str) -> None:
+        """Take no more connections, close those that are, and wait until they are gone."""
+        self.stop_listening()
+        for connection in list(self.connections):
+            if connection.open:
+                connection.close(CloseCode.GOING_AWAY, reason)
+            else:
+                connection.abort()
+        while self.connections:
+            await asyncio.sleep(0.01)
+
+    def stop_listening(self) -> None:
+        """Take no more connections."""
+        self.stopping = True
+        if self._server is not None:
+            self._server.close()
+
+    def refuse(self, connection: Connection, status: int, text: str, outcome: str) -> None:
+        """Answer a request with an error and count it."""
+        self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
+        connection.respond_text(status, text)
+
+    @abstractmethod
+    def request_received(self, connection: Connection, request: Request) -> None:
+        """Answer the request: accept the connection, or refuse it."""
+
+    # What connections call.
+
+    def connected(self, connection: Connection) -> None:
+        self.connections_total += 1
+        self.connections.add(connection)
+        if self.stopping or len(self.connections) > self.limits.connections_max:
+            connection.abort()
+
+    def disconnected(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self._pinged.pop(connection, None)
+
+    def _sweep(self, now: float) -> None:
+        limits = self.limits
+        for connection in list(self.connections):
+            silent = now - connection.received_at
+            if connection.open:
+                stalled = connection.stalled_since
+                if silent > limits.ping_timeout_s or (
+                    stalled is not None and now - stalled > limits.stalled_timeout_s
+                ):
+                    self.dead_total += 1
+                    _log.info("connection_dead", port=self.name, remote=connection.remote_address)
+                    connection.abort()
+                elif (
+                    silent > limits.ping_interval_s
+                    and now - self._pinged.get(connection, 0.0) > limits.ping_interval_s
+                ):
+                    self._pinged[connection] = now
+                    connection.ping()
+            elif (
+                connection.request is None
+                and now - connection.connected_at > limits.handshake_timeout_s
+            ):
+                connection.abort()

@@ -1,0 +1,279 @@
+"""The gateway process: builds the parts, serves both ports, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from broker import locks, logs, service
+from broker.config import Config
+from broker.http import MetricsServer
+from broker.messages import Event, Message
+from broker.metrics import Metrics, by_label
+from broker.service import Ready, Service
+from gateway.auth import Auth
+from gateway.functions import Functions
+from gateway.hub import Hub
+from gateway.invocations import Executor, Invocations
+from gateway.shard_links import ShardLinks
+from gateway.stream_calls import StreamCalls
+from gateway.stream_port import StreamPort
+from gateway.triggers import Triggers
+from gateway.worker_port import WorkerPort
+
+_STREAM_PORT_KEY = "modules[].config.port"
+_WORKER_PORT_KEY = "broker.worker.port"
+_READY_POLL_S = 0.01
+
+_log = logs.Log("gateway")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m gateway`; returns the exit code."""
+    parsed = service.options("gateway").parse_args(arguments)
+    return service.run("gateway", parsed, 0, serve)
+
+
+class Gateway:
+    """The parts, wired."""
+
+    def __init__(self, settings: Config) -> None:
+        limits = settings.limits
+        self.links = ShardLinks(
+            [service.shard_socket(settings, shard) for shard in range(settings.shards)],
+            str(uuid.uuid4()),
+            limits.link_queue_bytes_max,
+            self,
+        )
+        self.functions = Functions[Executor]()
+        self.invocations = Invocations(self.functions, limits.worker_calls_in_flight_max)
+        self.triggers = Triggers(self.invocations, self._tell_shards, limits.trigger_timeout_s)
+        self.stream_calls = StreamCalls(self.links, limits.name_bytes_max)
+        self.hub = Hub()
+        self.auth = Auth(settings.stream.auth_function, self.invocations, limits.auth_timeout_s)
+        self.worker_port = WorkerPort(
+            limits,
+            self.functions,
+            self.invocations,
+            self.triggers,
+            self.stream_calls,
+        )
+        self.stream_port = StreamPort(
+            limits,
+            hub=self.hub,
+            auth=self.auth,
+            triggers=self.triggers,
+            links=self.links,
+            not_ready=self.not_ready,
+        )
+
+    def not_ready(self) -> str | None:
+        """Why not every shard answers, or None."""
+        missing = [str(link.shard) for link in self.links.links if not link.ready]
+        return f"shard {', '.join(missing)} does not answer" if missing else None
+
+    # What the links call.
+
+    def shard_linked(self, shard: int) -> None:
+        link = self.links.links[shard]
+        for message in self.triggers.messages_for_shard():
+            link.tell(message)
+        self.stream_port.shard_linked(shard)
+
+    def event_received(self, shard: int, event: Event) -> None:
+        self.stream_port.event_received(shard, event)
+        if event.triggers:
+            self.triggers.fire_stream(event)
+
+    def batch_received(self) -> None:
+        self.hub.flush()
+
+    def _tell_shards(self, message: Message) -> None:
+        for link in self.links.links:
+            link.tell(message)
+
+
+async def serve(process: Service) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        ConfigError: a port can't be had.
+    """
+    settings = process.config
+    lock = locks.take(
+        Path(settings.run_dir) / "gateway.lock",
+        "broker.run_dir",
+        f"the run_dir {settings.run_dir}",
+    )
+    stream, worker, metrics_ports = settings.stream, settings.worker, settings.metrics
+    stream_socket = service.listening_socket(stream.host, stream.port, _STREAM_PORT_KEY)
+    worker_socket = service.listening_socket(worker.host, worker.port, _WORKER_PORT_KEY)
+    metrics_socket = service.listening_socket(
+        metrics_ports.host, metrics_ports.port, "broker.metrics.port"
+    )
+    gateway = Gateway(settings)
+    metrics = MetricsServer(_metrics(gateway).registry)
+    metrics_port = await metrics.start(metrics_socket)
+    links = asyncio.create_task(gateway.links.run())
+    await _wait_ready(process, gateway)
+    ports = (gateway.stream_port, gateway.worker_port)
+    await gateway.worker_port.start(worker_socket)
+    await gateway.stream_port.start(stream_socket)
+    watchers = [asyncio.create_task(port.watch()) for port in ports]
+    if not process.stopping.is_set():
+        process.ready(
+            Ready(
+                stream=_url("ws", stream.host, stream_socket.getsockname()[1]),
+                worker=_url("ws", worker.host, worker_socket.getsockname()[1]),
+                metrics=_url("http", metrics_ports.host, metrics_port) + "/metrics",
+            )
+        )
+        _log.info("gateway_started")
+    await process.stopping.wait()
+    for port in ports:
+        port.stop_listening()
+    metrics.close()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(settings.limits.stop_timeout_s / 2):
+            while any(link.in_flight for link in gateway.links.links):
+                await asyncio.sleep(_READY_POLL_S)
+    for port in ports:
+        try:
+            async with asyncio.timeout(settings.limits.stop_timeout_s / 4):
+                await port.stop("the broker is stopping")
+        except TimeoutError:
+            for connection in list(port.connections):
+                connection.abort()
+    for task in (links, *watchers):
+        task.cancel()
+    gateway.links.close()
+    os.close(lock)
+    _log.info("gateway_stopped")
+
+
+async def _wait_ready(process: Service, gateway: Gateway) -> None:
+    """Wait until every shard answers, or the process is told to stop."""
+    while not gateway.links.ready and not process.stopping.is_set():
+        await asyncio.sleep(_READY_POLL_S)
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{service.url_host(host)}:{port}"
+
+
+def _metrics(gateway: Gateway) -> Metrics:
+    metrics = Metrics({})
+    ports = (gateway.stream_port, gateway.worker_port)
+    triggers, hub, links = gateway.triggers, gateway.hub, gateway.links.links
+    stream = gateway.stream_port
+    metrics.gauges(
+        "connections",
+        "Open connections, by port.",
+        lambda: [({"port": port.name}, len(port.connections)) for port in ports],
+    )
+    metrics.counters(
+        "connections_accepted",
+        "TCP connections accepted, by port.",
+        lambda: [({"port": port.name}, port.connections_total) for port in ports],
+    )
+    metrics.counters(
+        "handshakes_refused",
+        "Requests refused, by port and reason.",
+        lambda: [
+            ({"port": port.name, "reason": reason}, count)
+            for port in ports
+            for reason, count in port.refused_total.items()
+        ],
+    )
+    metrics.counters(
+        "connections_dead",
+        "Connections cut because the peer was silent or took nothing, by port.",
+        lambda: [({"port": port.name}, port.dead_total) for port in ports],
+    )
+    metrics.counters(
+        "auth", "Answers of the auth function.", lambda: by_label("outcome", _auth(gateway))
+    )
+    metrics.gauge("workers", "Connected workers.", lambda: len(gateway.worker_port.workers))
+    metrics.gauge("functions", "Registered functions.", lambda: len(gateway.functions))
+    metrics.counters(
+        "stream_calls",
+        "Calls of stream functions.",
+        lambda: by_label("function", gateway.stream_calls.calls_total),
+    )
+    metrics.counter(
+        "invocations",
+        "Calls sent to workers.",
+        lambda: gateway.invocations.invocations_total,
+    )
+    metrics.gauge(
+        "invocations_pending",
+        "Calls to workers that wait for their answer.",
+        lambda: len(gateway.invocations),
+    )
+    metrics.counter(
+        "invocations_refused",
+        "Calls refused because too many wait.",
+        lambda: gateway.invocations.overloaded_total,
+    )
+    metrics.counter(
+        "worker_messages_undecodable",
+        "Messages of workers that could not be read.",
+        lambda: gateway.worker_port.undecodable_total,
+    )
+    metrics.counters(
+        "trigger_invocations",
+        "Triggers, by what became of them.",
+        lambda: by_label("outcome", triggers.outcomes_total),
+    )
+    metrics.gauge("subscriptions", "Standing subscriptions.", lambda: hub.subscriptions)
+    metrics.gauge("subscribed_groups", "Groups with subscriptions.", lambda: len(hub))
+    metrics.counters("joins", "Joins, by outcome.", lambda: by_label("outcome", stream.joins_total))
+    metrics.counter(
+        "client_messages_bad",
+        "Messages of clients answered with an error.",
+        lambda: stream.bad_messages_total,
+    )
+    metrics.counter("events", "Events received from shards.", lambda: hub.events_total)
+    metrics.counter("deliveries", "Frames of events to clients.", lambda: hub.deliveries_total)
+    metrics.counter("event_gaps", "Gaps healed with a sync.", lambda: hub.gaps_total)
+    metrics.counter(
+        "clients_behind", "Times a slow client's backlog was dropped.", lambda: stream.behind_total
+    )
+    metrics.counter(
+        "frames_dropped",
+        "Frames dropped with those backlogs.",
+        lambda: stream.frames_dropped_total,
+    )
+    metrics.gauges(
+        "shard_up",
+        "1 while the shard is linked.",
+        lambda: [({"shard": str(link.shard)}, int(link.ready)) for link in links],
+    )
+    metrics.counters(
+        "shard_links_made",
+        "Times the shard was linked.",
+        lambda: [({"shard": str(link.shard)}, link.links_total) for link in links],
+    )
+    metrics.gauges(
+        "shard_calls_in_flight",
+        "Calls that wait for the shard's answer.",
+        lambda: [({"shard": str(link.shard)}, link.in_flight) for link in links],
+    )
+    metrics.gauges(
+        "shard_link_queue_bytes",
+        "Bytes that the shard has not taken yet.",
+        lambda: [({"shard": str(link.shard)}, link.queue_bytes) for link in links],
+    )
+    metrics.counters(
+        "shard_calls_refused",
+        "Calls refused because too much waits to be sent to the shard.",
+        lambda: [({"shard": str(link.shard)}, link.refused_total) for link in links],
+    )
+    return metrics
+
+
+def _auth(gateway: Gateway) -> dict[str, float]:
+    return {str(outcome): count for outcome, count in gateway.auth.outcomes_total.items()}

@@ -1,0 +1,246 @@
+"""The functions `stream::*`: checks their input, routes them to shards, merges what spans them.
+
+Protocol section 7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from broker import messages
+from broker.errors import BrokerError, InvalidRequest
+from broker.messages import Reply
+from broker.names import Group, check_name
+from gateway.shard_links import Answer, ShardLinks
+
+Answered = Callable[[bytes | BrokerError | None], None]
+"""Given the JSON text of the result, None for no result, or an error."""
+
+
+class _Group(Struct):
+    stream_name: str
+    group_id: str
+
+
+class _Item(_Group):
+    item_id: str
+
+
+class _Set(_Item):
+    data: Raw
+
+
+class _Update(_Item):
+    ops: Raw
+
+
+class _Send(_Group):
+    type: str
+    data: Raw
+    id: str | None = None
+
+
+class _Stream(Struct):
+    stream_name: str
+
+
+class _Nothing(Struct):
+    pass
+
+
+_Input = TypeVar("_Input")
+_MISSING = re.compile(r"missing required field `(.+)`")
+
+
+class StreamCalls:
+    """Makes calls; counts them by function."""
+
+    def __init__(self, links: ShardLinks, name_bytes_max: int) -> None:
+        self._links = links
+        self._name_bytes_max = name_bytes_max
+        self._functions: dict[str, Callable[[bytes, Answered], None]] = {
+            "stream::set": self._set,
+            "stream::get": self._get,
+            "stream::delete": self._delete,
+            "stream::update": self._update,
+            "stream::send": self._send,
+            "stream::list": self._list,
+            "stream::list_groups": self._list_groups,
+            "stream::list_all": self._list_all,
+        }
+        self.calls_total = dict.fromkeys(self._functions, 0)
+
+    def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
+        """Make a call; False when there is no such function.
+
+        Calls on one group take effect in the order in which they were made here.
+        """
+        function = self._functions.get(function_id)
+        if function is None:
+            return False
+        self.calls_total[function_id] += 1
+        try:
+            function(b"{}" if data == b"null" else data, answered)
+        except InvalidRequest as refusal:
+            answered(refusal)
+        return True
+
+    def _set(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_set_decoder, "set", data)
+        group = self._group(i.stream_name, i.group_id)
+        check_name("item_id", i.item_id, self._name_bytes_max)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        message = messages.Set(call_id, *group, i.item_id, bytes(i.data))
+        link.call(message, call_id, _passing(answered))
+
+    def _get(self, data: bytes, answered: Answered) -> None:
+        group, item_id = self._item("get", data)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        link.call(messages.Get(call_id, *group, item_id), call_id, _passing(answered))
+
+    def _delete(self, data: bytes, answered: Answered) -> None:
+        group, item_id = self._item("delete", data)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        link.call(messages.Delete(call_id, *group, item_id), call_id, _passing(answered))
+
+    def _update(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_update_decoder, "update", data)
+        group = self._group(i.stream_name, i.group_id)
+        check_name("item_id", i.item_id, self._name_bytes_max)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        message = messages.Update(call_id, *group, i.item_id, bytes(i.ops))
+        link.call(message, call_id, _passing(answered))
+
+    def _send(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_send_decoder, "send", data)
+        group = self._group(i.stream_name, i.group_id)
+        check_name("type", i.type, self._name_bytes_max)
+        if i.id is not None:
+            check_name("id", i.id, self._name_bytes_max)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        message = messages.Send(call_id, *group, i.id, i.type, bytes(i.data))
+        link.call(message, call_id, _passing(answered))
+
+    def _list(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_group_decoder, "list", data)
+        group = self._group(i.stream_name, i.group_id)
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        link.call(messages.List(call_id, *group), call_id, _passing(answered))
+
+    def _list_groups(self, data: bytes, answered: Answered) -> None:
+        stream = _decode(_stream_decoder, "list_groups", data).stream_name
+        check_name("stream_name", stream, self._name_bytes_max)
+
+        def merged(results: list[bytes]) -> bytes:
+            return msgspec.json.encode(sorted(name for r in results for name in _names.decode(r)))
+
+        self._ask_all(lambda call_id: messages.ListGroups(call_id, stream), merged, answered)
+
+    def _list_all(self, data: bytes, answered: Answered) -> None:
+        _decode(_nothing_decoder, "list_all", data)
+        self._ask_all(messages.ListAll, _merged_streams, answered)
+
+    def _ask_all(
+        self,
+        message: Callable[[int], messages.Message],
+        merge: Callable[[list[bytes]], bytes],
+        answered: Answered,
+    ) -> None:
+        """Ask every shard; the first error is the answer, else what `merge` makes of all."""
+        results: list[bytes] = []
+        failures: list[BrokerError] = []
+        waiting = len(self._links.links)
+
+        def one_answered(answer: Answer) -> None:
+            nonlocal waiting
+            waiting -= 1
+            if isinstance(answer, BrokerError):
+                failures.append(answer)
+            else:
+                assert isinstance(answer, Reply)
+                assert answer.result is not None
+                results.append(answer.result)
+            if not waiting:
+                answered(failures[0] if failures else merge(results))
+
+        for link in self._links.links:
+            call_id = link.next_call_id()
+            link.call(message(call_id), call_id, one_answered)
+
+    def _item(self, function: str, data: bytes) -> tuple[Group, str]:
+        i = _decode(_item_decoder, function, data)
+        group = self._group(i.stream_name, i.group_id)
+        check_name("item_id", i.item_id, self._name_bytes_max)
+        return group, i.item_id
+
+    def _group(self, stream: str, group_id: str) -> Group:
+        check_name("stream_name", stream, self._name_bytes_max)
+        check_name("group_id", group_id, self._name_bytes_max)
+        return Group(stream, group_id)
+
+
+_set_decoder = msgspec.json.Decoder(_Set)
+_item_decoder = msgspec.json.Decoder(_Item)
+_update_decoder = msgspec.json.Decoder(_Update)
+_send_decoder = msgspec.json.Decoder(_Send)
+_group_decoder = msgspec.json.Decoder(_Group)
+_stream_decoder = msgspec.json.Decoder(_Stream)
+_nothing_decoder = msgspec.json.Decoder(_Nothing)
+_names = msgspec.json.Decoder(list[str])
+_groups_by_stream = msgspec.json.Decoder(dict[str, list[str]])
+
+
+def _merged_streams(results: list[bytes]) -> bytes:
+    groups: dict[str, list[str]] = {}
+    for result in results:
+        for stream, names in _groups_by_stream.decode(result).items():
+            groups.setdefault(stream, []).extend(names)
+    streams = [{"id": stream, "groups": sorted(groups[stream])} for stream in sorted(groups)]
+    return msgspec.json.encode({"stream": streams, "count": len(streams)})
+
+
+def _decode(decoder: msgspec.json.Decoder[_Input], function: str, data: bytes) -> _Input:
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise deserialization_error(f"stream::{function}", error) from None
+
+
+def deserialization_error(function_id: str, error: msgspec.ValidationError) -> InvalidRequest:
+    """What is told to a caller whose payload is not of the right form (section 4.3)."""
+    reason, _, path = str(error).partition(" - at `$")
+    field = path.strip("`.") or None
+    if missing := _MISSING.search(reason):
+        field = missing.group(1)
+        reason = f"missing field `{field}`"
+    elif field is not None:
+        reason = f"{field}: invalid type: {reason[0].lower()}{reason[1:]}"
+    else:
+        reason = f"invalid type: {reason[0].lower()}{reason[1:]}"
+    return InvalidRequest(
+        "deserialization_error", f"Failed to deserialize input for {function_id}: {reason}", field
+    )
+
+
+def _passing(answered: Answered) -> Callable[[Answer], None]:
+    """Passes a shard's answer to one group call on."""
+
+    def passed(answer: Answer) -> None:
+        if isinstance(answer, BrokerError):
+            answered(answer)
+        else:
+            assert isinstance(answer, Reply)
+            answered(answer.result)
+
+    return passed

@@ -1,0 +1,387 @@
+"""The stream port: clients' connections, their joins and leaves, plain HTTP.
+
+Protocol sections 5 and 6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from typing import assert_never
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from websockets.http11 import Request
+
+from broker import logs, messages
+from broker.config import Limits
+from broker.errors import BrokerError, InvalidRequest, LimitExceeded, ShardUnavailable
+from broker.messages import Event, Synced
+from broker.names import Group, check_name
+from gateway import stream_protocol as wire
+from gateway.auth import Auth, Outcome
+from gateway.connection import Connection, plain_response
+from gateway.hub import Hub, State, Subscription
+from gateway.listener import Listener
+from gateway.shard_links import Answer, ShardLinks
+from gateway.triggers import Triggers
+from gateway.websocket import text_frame
+
+SYNC_RETRY_S = 2.0
+"""After a sync that failed, when its subscription is tried again."""
+
+_WELCOME = """\
+This is a stream broker: it pushes every change of a group's items to whoever joined the group.
+
+Connect a WebSocket to this address and send
+    {"type": "join", "data": {"subscriptionId": "1", "streamName": "chat", "groupId": "room-1"}}
+or connect to /stream/<stream>/<group>/ or /stream/<stream>/<group>/<item>/ and just listen.
+"""
+
+_log = logs.Log("stream_port")
+
+
+class StreamPort(Listener):
+    """Accepts clients; holds the hub."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        hub: Hub,
+        auth: Auth,
+        triggers: Triggers,
+        links: ShardLinks,
+        not_ready: Callable[[], str | None],
+    ) -> None:
+        super().__init__(
+            "stream", limits, limits.client_message_bytes_max, limits.client_send_queue_bytes_max
+        )
+        self.hub = hub
+        self.auth = auth
+        self.triggers = triggers
+        self.links = links
+        self._not_ready = not_ready
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
+        self.bad_messages_total = 0
+        self.behind_total = 0
+        self.frames_dropped_total = 0
+
+    # Requests.
+
+    def request_received(self, connection: Connection, request: Request) -> None:
+        path = request.path.partition("?")[0]
+        if "Upgrade" not in request.headers and path in _PAGES:
+            self._page(connection, request, path)
+            return
+        try:
+            joined = _joined_by_path(path)
+        except ValueError:
+            self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
+            return
+        if (response := connection.check_handshake()) is not None:
+            self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
+            connection.respond(response)
+        elif self.auth.function_id is None:
+            Client(self, connection, b"null").start(joined)
+        else:
+            self.run(self._ask_auth(connection, request, joined))
+
+    def run(self, work: asyncio._CoroutineLike[None]) -> None:
+        """Run `work` beside everything else."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask_auth(
+        self, connection: Connection, request: Request, joined: tuple[Group, str | None] | None
+    ) -> None:
+        verdict = await self.auth.ask(request, connection.remote_address)
+        match verdict.outcome:
+            case Outcome.ACCEPTED:
+                Client(self, connection, verdict.context).start(joined)
+            case Outcome.REFUSED | Outcome.FAILED:
+                self.refuse(connection, HTTPStatus.UNAUTHORIZED, "unauthorized\n", "unauthorized")
+            case Outcome.UNAVAILABLE:
+                text = "authentication is not available\n"
+                self.refuse(connection, HTTPStatus.SERVICE_UNAVAILABLE, text, "auth_unavailable")
+            case _:
+                assert_never(verdict.outcome)
+
+    def _page(self, connection: Connection, request: Request, path: str) -> None:
+        if request.method not in ("GET", "HEAD"):
+            self.refuse(connection, HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n", "bad_request")
+        elif path == "/":
+            connection.respond(plain_response(_WELCOME))
+        elif path == "/readyz" and (reason := self._not_ready()) is not None:
+            self.refuse(
+                connection, HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {reason}\n", "not_ready"
+            )
+        else:
+            connection.respond(plain_response("ok\n"))
+
+    # What shards say.
+
+    def event_received(self, shard: int, event: Event) -> None:
+        """An event of a group that this gateway wants, or wanted a moment ago."""
+        if event.subscribed:
+            if not self.hub.has((event.stream, event.group_id)):
+                link = self.links.links[shard]
+                link.tell(messages.Leave(event.stream, event.group_id))
+                return
+            self._resync(self.hub.publish(event))
+
+    def shard_linked(self, shard: int) -> None:
+        """Subscriptions on a shard that was linked again get what they missed."""
+        link = self.links.links[shard]
+        mine = [s for s in self.hub.all_subscriptions() if self.links.of(s.group) is link]
+        for subscription in mine:
+            if subscription.state is State.LIVE:
+                self.hub.behind(subscription)
+        self._resync(mine)
+
+    def _resync(self, subscriptions: list[Subscription]) -> None:
+        for subscription in subscriptions:
+            client = subscription.subscriber
+            assert isinstance(client, Client)
+            client.sync(subscription)
+
+
+class Client:
+    """A connected client and its subscriptions."""
+
+    def __init__(self, port: StreamPort, connection: Connection, context: bytes) -> None:
+        self._port = port
+        self._connection = connection
+        self._context = context
+        self._subscriptions: dict[str, Subscription] = {}
+        self._inbox: deque[bytes | wire.JoinData] = deque()
+        self._handling = False
+        self._closed = False
+
+    def start(self, joined: tuple[Group, str | None] | None) -> None:
+        """Complete the handshake, and join what the path names."""
+        if joined is not None:
+            group, item_id = joined
+            self._inbox.append(wire.JoinData(str(uuid.uuid4()), *group, item_id))
+        self._connection.accept(self)
+        self._handle_inbox()
+
+    # Subscriber.
+
+    def deliver(self, frames: bytes) -> bool:
+        return self._connection.send(frames)
+
+    def fell_behind(self) -> None:
+        self._port.behind_total += 1
+        self._port.frames_dropped_total += self._connection.drop_waiting()
+        for subscription in self._subscriptions.values():
+            if subscription.state is State.LIVE:
+                self._port.hub.behind(subscription)
+
+    # What the connection calls.
+
+    def drained(self) -> None:
+        for subscription in list(self._subscriptions.values()):
+            if subscription.state is State.BEHIND:
+                self.sync(subscription)
+
+    def message_received(self, text: bytes) -> None:
+        self._inbox.append(text)
+        if not self._handling:
+            self._handle_inbox()
+
+    def closed(self) -> None:
+        self._closed = True
+        self._inbox.clear()
+        for subscription in list(self._subscriptions.values()):
+            self._end(subscription)
+
+    # Messages, one after the other.
+
+    def _handle_inbox(self) -> None:
+        while self._inbox and not self._handling:
+            entry = self._inbox.popleft()
+            if isinstance(entry, wire.JoinData):
+                self._join(entry)
+                continue
+            try:
+                message = wire.decode(entry)
+                match message:
+                    case wire.Join():
+                        self._check(message.data)
+                        self._join(message.data)
+                    case wire.Leave():
+                        self._leave(message.data)
+                    case None:
+                        pass
+                    case _:
+                        assert_never(message)
+            except InvalidRequest as error:
+                self._port.bad_messages_total += 1
+                self._tell(wire.error_payload(error, entry))
+
+    def _check(self, data: wire.JoinData) -> None:
+        bytes_max = self._port.limits.name_bytes_max
+        check_name("data.subscriptionId", data.subscription_id, bytes_max)
+        check_name("data.streamName", data.stream_name, bytes_max)
+        check_name("data.groupId", data.group_id, bytes_max)
+        if data.id is not None:
+            check_name("data.id", data.id, bytes_max)
+        count_max = self._port.limits.subscriptions_per_connection_max
+        if (
+            data.subscription_id not in self._subscriptions
+            and len(self._subscriptions) >= count_max
+        ):
+            raise InvalidRequest(
+                "too_many_subscriptions",
+                f"the connection has {count_max} subscriptions, which is the limit",
+                "data.subscriptionId",
+            )
+
+    def _join(self, data: wire.JoinData) -> None:
+        if not self._port.triggers.has_join(data.stream_name, data.group_id):
+            self._subscribe(data)
+            return
+        self._handling = True
+        self._connection.pause_reading()
+        self._port.run(self._ask_triggers(data))
+
+    async def _ask_triggers(self, data: wire.JoinData) -> None:
+        allowed = await self._port.triggers.may_join(
+            data.stream_name, data.group_id, self._trigger_payload(data)
+        )
+        if self._closed:
+            return
+        if allowed:
+            self._subscribe(data)
+        else:
+            self._port.joins_total["unauthorized"] += 1
+            event = {"type": "unauthorized"}
+            self._tell(wire.envelope(data.stream_name, data.group_id, data.id, event))
+        self._handling = False
+        self._connection.resume_reading()
+        self._handle_inbox()
+
+    def _subscribe(self, data: wire.JoinData) -> None:
+        self._port.joins_total["accepted"] += 1
+        earlier = self._subscriptions.pop(data.subscription_id, None)
+        group = Group(data.stream_name, data.group_id)
+        subscription = Subscription(self, data.subscription_id, group, data.id)
+        self._port.hub.add(subscription)
+        self._subscriptions[data.subscription_id] = subscription
+        if earlier is not None:
+            self._forget(earlier)
+        self.sync(subscription)
+
+    def _leave(self, data: wire.JoinData) -> None:
+        subscription = self._subscriptions.get(data.subscription_id)
+        if subscription is not None:
+            self._end(subscription)
+
+    def _end(self, subscription: Subscription) -> None:
+        """A subscription is over: take it out of delivery, then tell the leave triggers."""
+        del self._subscriptions[subscription.subscription_id]
+        self._forget(subscription)
+        stream, group_id = subscription.group
+        data = wire.JoinData(subscription.subscription_id, stream, group_id, subscription.item_id)
+        self._port.triggers.fire_leave(stream, group_id, self._trigger_payload(data))
+
+    def _forget(self, subscription: Subscription) -> None:
+        if self._port.hub.remove(subscription):
+            self._port.links.of(subscription.group).tell(messages.Leave(*subscription.group))
+
+    # Syncs.
+
+    def sync(self, subscription: Subscription) -> None:
+        """Ask the shard for a snapshot; the subscription is live when it comes."""
+        subscription.state = State.JOINING
+        link = self._port.links.of(subscription.group)
+        call_id = link.next_call_id()
+        message = messages.Join(call_id, *subscription.group, subscription.item_id)
+        link.call(message, call_id, partial(self._synced, subscription))
+
+    def _synced(self, subscription: Subscription, answer: Answer) -> None:
+        if self._subscriptions.get(subscription.subscription_id) is not subscription:
+            return
+        if isinstance(answer, BrokerError):
+            self._sync_failed(subscription, answer)
+            return
+        assert isinstance(answer, Synced), "what a join is answered with"
+        behind = self._port.hub.synced(subscription, answer.seq)
+        if not self._connection.send(text_frame(answer.payload)):
+            self.fell_behind()
+        for other in behind:
+            assert isinstance(other.subscriber, Client)
+            other.subscriber.sync(other)
+
+    def _sync_failed(self, subscription: Subscription, error: BrokerError) -> None:
+        subscription.state = State.BEHIND
+        event = {
+            "type": "error",
+            "code": error.code,
+            "message": error.message,
+            "subscriptionId": subscription.subscription_id,
+        }
+        self._tell(wire.envelope(*subscription.group, None, event))
+        if not isinstance(error, ShardUnavailable):  # else: when the shard is linked again
+            asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
+
+    def _retry(self, subscription: Subscription) -> None:
+        current = self._subscriptions.get(subscription.subscription_id)
+        if current is subscription and subscription.state is State.BEHIND:
+            self.sync(subscription)
+
+    def _tell(self, payload: bytes) -> None:
+        """Send what only this client gets; dropped when too much waits for it."""
+        if not self._connection.send(text_frame(payload)):
+            self._port.frames_dropped_total += 1
+
+    def _trigger_payload(self, data: wire.JoinData) -> bytes:
+        return msgspec.json.encode(
+            {
+                "subscription_id": data.subscription_id,
+                "stream_name": data.stream_name,
+                "group_id": data.group_id,
+                "id": data.id,
+                "context": msgspec.Raw(self._context),
+            }
+        )
+
+
+_PAGES = ("/", "/healthz", "/readyz")
+
+
+def _joined_by_path(path: str) -> tuple[Group, str | None] | None:
+    """What a path joins: None for `/`, else a group, or an item of it (section 5.2).
+
+    Raises:
+        ValueError: there is nothing at that path.
+    """
+    if path == "/":
+        return None
+    parts = path.removesuffix("/").split("/")
+    if len(parts) not in (4, 5) or parts[:2] != ["", "stream"]:
+        raise ValueError(path)
+    names = [unquote_to_bytes(part).decode() for part in parts[2:]]
+    if not all(names[:2]) or not all(_is_quoted(part) for part in parts[2:]):
+        raise ValueError(path)
+    for name in names:
+        try:
+            check_name("path", name)
+        except (InvalidRequest, LimitExceeded) as error:
+            raise ValueError(path) from error
+    return Group(names[0], names[1]), names[2] if len(names) == 3 else None
+
+
+def _is_quoted(part: str) -> bool:
+    """Whether every `%` begins an escape."""
+    return all(
+        len(rest) >= 2 and all(c in "0123456789abcdefABCDEF" for c in rest[:2])
+        for rest in part.split("%")[1:]
+    )

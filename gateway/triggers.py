@@ -1,0 +1,389 @@
+"""Triggers and trigger types: who registered what, who provides it, and firing the built-in ones.
+
+Protocol sections 3.3 to 3.9, 4.6, 6.2 and 9.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from broker import logs
+from broker.errors import InvalidRequest
+from broker.messages import AddTrigger, Event, Message, RemoveTrigger
+from gateway.invocations import Executor, Invocations, Result
+from gateway.worker_protocol import (
+    RegisterTrigger,
+    RegisterTriggerType,
+    present,
+    register_trigger,
+    trigger_registration_result,
+    unregister_trigger,
+)
+
+STREAM, JOIN, LEAVE = "stream", "stream:join", "stream:leave"
+FUNCTIONS_AVAILABLE, WORKERS_AVAILABLE = (
+    "engine::functions-available",
+    "engine::workers-available",
+)
+BUILTIN_TYPES = {
+    FUNCTIONS_AVAILABLE: "The set of registered functions changed",
+    WORKERS_AVAILABLE: "A worker connected, said who it is, or left",
+    STREAM: "An item of a stream changed, or a custom event was sent",
+    JOIN: "A client asks to join a group or an item",
+    LEAVE: "A subscription of a client ended",
+}
+CONDITIONS_WAITING_MAX = 1000
+"""Events of one trigger and group that wait for its condition; later ones are dropped."""
+
+_log = logs.Log("triggers")
+
+
+class Worker(Executor, Protocol):
+    """Who registers triggers and provides types."""
+
+    def send(self, payload: bytes) -> None: ...
+
+
+class StreamConfig(msgspec.Struct, frozen=True):
+    """Config of a `stream` trigger; None and "" do not filter."""
+
+    stream_name: str
+    group_id: str | None = None
+    item_id: str | None = None
+    condition_function_id: str | None = None
+
+
+class JoinConfig(msgspec.Struct, frozen=True):
+    """Config of a join or leave trigger."""
+
+    stream_name: str | None = None
+    group_id: str | None = None
+    condition_function_id: str | None = None
+
+    def matches(self, stream: str, group_id: str) -> bool:
+        return (not self.stream_name or self.stream_name == stream) and (
+            not self.group_id or self.group_id == group_id
+        )
+
+
+class Trigger:
+    """One registration."""
+
+    def __init__(self, worker: Worker, message: RegisterTrigger) -> None:
+        self.worker = worker
+        self.message = message
+        self.id = message.id
+        self.type = message.trigger_type
+        self.function_id = message.function_id
+        self.namespace = message.namespace if message.namespace is not None else "default"
+        self.config = present(message.config)
+        self.metadata = present(message.metadata)
+        self.parsed: StreamConfig | JoinConfig | None = None
+        self.provider: Worker | None = None
+
+    @property
+    def parked(self) -> bool:
+        """Whether it waits for a worker that provides its type."""
+        return self.type not in BUILTIN_TYPES and self.provider is None
+
+
+class TriggerType:
+    """A type that a worker provides."""
+
+    def __init__(self, provider: Worker, definition: RegisterTriggerType) -> None:
+        self.provider = provider
+        self.definition = definition
+
+
+class Triggers:
+    """All triggers and trigger types of a gateway.
+
+    Args:
+        tell_shards: sends a message to every shard that is linked.
+        timeout_s: for a condition, and for a join handler.
+    """
+
+    def __init__(
+        self,
+        invocations: Invocations,
+        tell_shards: Callable[[Message], None],
+        timeout_s: float,
+    ) -> None:
+        self._invocations = invocations
+        self._tell_shards = tell_shards
+        self._timeout_s = timeout_s
+        self._triggers: dict[str, Trigger] = {}
+        self._types: dict[str, TriggerType] = {}
+        self._waiting: dict[tuple[str, str, str], deque[bytes]] = {}
+        self.outcomes_total = {
+            "fired": 0,
+            "failed": 0,
+            "skipped": 0,
+            "condition_failed": 0,
+            "dropped": 0,
+        }
+
+    # What workers do.
+
+    def register(self, worker: Worker, message: RegisterTrigger) -> None:
+        """Enter a trigger, in place of an earlier one with its id; an error is told to `worker`."""
+        trigger = Trigger(worker, message)
+        try:
+            if message.namespace is not None and not message.namespace.strip():
+                raise InvalidRequest("INVALID_NAMESPACE", "namespace is blank", "namespace")
+            trigger.parsed = _parse(trigger)
+        except InvalidRequest as error:
+            _log.warning("trigger_refused", id=trigger.id, type=trigger.type, reason=error.message)
+            fields = {"code": error.code, "message": error.message}
+            worker.send(
+                trigger_registration_result(trigger.id, trigger.type, trigger.function_id, fields)
+            )
+            return
+        if (earlier := self._triggers.get(trigger.id)) is not None:
+            self._remove(earlier)
+        self._triggers[trigger.id] = trigger
+        if trigger.type == STREAM:
+            self._tell_shards(_to_shard(trigger))
+        elif trigger.type not in BUILTIN_TYPES:
+            if (kind := self._types.get(trigger.type)) is not None:
+                self._provide(trigger, kind.provider)
+            else:
+                _log.warning("trigger_parked", id=trigger.id, type=trigger.type)
+
+    def unregister(self, worker: Worker, trigger_id: str) -> None:
+        """Take the worker's own trigger out."""
+        trigger = self._triggers.get(trigger_id)
+        if trigger is not None and trigger.worker is worker:
+            self._remove(trigger)
+
+    def register_type(self, worker: Worker, definition: RegisterTriggerType) -> None:
+        """From now on `worker` provides the type."""
+        if definition.id in BUILTIN_TYPES:
+            _log.warning("trigger_type_refused", id=definition.id, reason="it is built in")
+            return
+        self._types[definition.id] = TriggerType(worker, definition)
+        for trigger in self._triggers.values():
+            if trigger.type == definition.id:
+                self._provide(trigger, worker)
+
+    def unregister_type(self, worker: Worker, type_id: str) -> None:
+        """The worker provides the type no more; its triggers are parked."""
+        kind = self._types.get(type_id)
+        if kind is None or kind.provider is not worker:
+            return
+        del self._types[type_id]
+        for trigger in self._triggers.values():
+            if trigger.type == type_id:
+                trigger.provider = None
+
+    def provider_answered(self, worker: Worker, trigger_id: str, error: bytes | None) -> None:
+        """The provider's answer to a forwarded registration; an error parks the trigger."""
+        trigger = self._triggers.get(trigger_id)
+        if trigger is None or trigger.provider is not worker or error is None:
+            return
+        trigger.provider = None
+        trigger.worker.send(
+            trigger_registration_result(trigger.id, trigger.type, trigger.function_id, error)
+        )
+
+    def remove_worker(self, worker: Worker) -> None:
+        """The worker left: its triggers go, then the types that it provided."""
+        for trigger in [t for t in self._triggers.values() if t.worker is worker]:
+            self._remove(trigger)
+        for type_id in [i for i, kind in self._types.items() if kind.provider is worker]:
+            self.unregister_type(worker, type_id)
+
+    # What the listing functions show.
+
+    def active(self) -> list[Trigger]:
+        """Triggers that can fire, sorted by id."""
+        return sorted((t for t in self._triggers.values() if not t.parked), key=lambda t: t.id)
+
+    def find(self, trigger_id: str) -> Trigger | None:
+        trigger = self._triggers.get(trigger_id)
+        return None if trigger is None or trigger.parked else trigger
+
+    def types(self) -> dict[str, TriggerType]:
+        """The types that workers provide."""
+        return self._types
+
+    # Firing.
+
+    def messages_for_shard(self) -> list[AddTrigger]:
+        """All that a shard has to know, in order of registration."""
+        return [_to_shard(t) for t in self._triggers.values() if t.type == STREAM]
+
+    def fire_stream(self, event: Event) -> None:
+        """Invoke the triggers that the shard matched, in their order."""
+        for trigger_id in event.triggers:
+            trigger = self._triggers.get(trigger_id)
+            if trigger is not None:
+                self._fire(trigger, event.stream, event.group_id, event.payload)
+
+    def fire_engine(self, trigger_type: str, data: bytes) -> None:
+        """Invoke every trigger of an `engine::` type."""
+        for trigger in list(self._triggers.values()):
+            if trigger.type == trigger_type:
+                self._invoke(trigger, data)
+
+    def fire_leave(self, stream: str, group_id: str, payload: bytes) -> None:
+        """Tell that a subscription ended; results are ignored."""
+        for trigger in self._of_group(LEAVE, stream, group_id):
+            self._fire(trigger, stream, group_id, payload)
+
+    def has_join(self, stream: str, group_id: str) -> bool:
+        """Whether anybody has to be asked about a join."""
+        return bool(self._of_group(JOIN, stream, group_id))
+
+    async def may_join(self, stream: str, group_id: str, payload: bytes) -> bool:
+        """Ask all join triggers, in order of registration; one refusal or failure refuses."""
+        allowed = True
+        for trigger in self._of_group(JOIN, stream, group_id):
+            allowed &= await self._asked(trigger, payload)
+        return allowed
+
+    async def _asked(self, trigger: Trigger, payload: bytes) -> bool:
+        condition = trigger.parsed.condition_function_id if trigger.parsed else None
+        if condition is not None:
+            answer = await self._call(condition, trigger.namespace, payload, None)
+            if answer.error is not None:
+                self.outcomes_total["condition_failed"] += 1
+                _log.warning("condition_failed", id=trigger.id, function=condition)
+                return False
+            if answer.result == b"false":
+                self.outcomes_total["skipped"] += 1
+                return True
+        self.outcomes_total["fired"] += 1
+        answer = await self._call(trigger.function_id, trigger.namespace, payload, trigger.metadata)
+        if answer.error is not None:
+            self.outcomes_total["failed"] += 1
+            _log.warning("join_trigger_failed", id=trigger.id, function=trigger.function_id)
+            return False
+        refused = _unauthorized(answer.result)
+        if refused not in (b"false", b"true", None):
+            _log.warning("join_result_odd", id=trigger.id, unauthorized=refused)
+        return refused in (b"false", None)
+
+    async def _call(
+        self, function_id: str, namespace: str, data: bytes, metadata: bytes | None
+    ) -> Result:
+        return await self._invocations.call(
+            function_id, data, self._timeout_s, namespace=namespace, metadata=metadata
+        )
+
+    def _fire(self, trigger: Trigger, stream: str, group_id: str, payload: bytes) -> None:
+        condition = trigger.parsed.condition_function_id if trigger.parsed else None
+        if condition is None:
+            self._invoke(trigger, payload)
+            return
+        key = (trigger.id, stream, group_id)
+        waiting = self._waiting.setdefault(key, deque())
+        if len(waiting) >= CONDITIONS_WAITING_MAX:
+            self.outcomes_total["dropped"] += 1
+            return
+        waiting.append(payload)
+        if len(waiting) == 1:
+            self._ask_condition(trigger, condition, key)
+
+    def _ask_condition(self, trigger: Trigger, condition: str, key: tuple[str, str, str]) -> None:
+        """Ask about the first event that waits; the others wait for its answer, to keep order."""
+        self._invocations.call_within(
+            self._timeout_s,
+            condition,
+            self._waiting[key][0],
+            partial(self._condition_answered, trigger, condition, key),
+            namespace=trigger.namespace,
+        )
+
+    def _condition_answered(
+        self, trigger: Trigger, condition: str, key: tuple[str, str, str], answer: Result
+    ) -> None:
+        waiting = self._waiting[key]
+        payload = waiting.popleft()
+        if answer.error is not None:
+            self.outcomes_total["condition_failed"] += 1
+            _log.warning("condition_failed", id=trigger.id, function=condition)
+        elif answer.result == b"false":
+            self.outcomes_total["skipped"] += 1
+        elif trigger.type == LEAVE or self._triggers.get(trigger.id) is trigger:
+            self._invoke(trigger, payload)
+        if not waiting:
+            del self._waiting[key]
+        else:  # not from here: answers that come at once would nest
+            asyncio.get_running_loop().call_soon(self._ask_condition, trigger, condition, key)
+
+    def _invoke(self, trigger: Trigger, data: bytes) -> None:
+        self.outcomes_total["fired"] += 1
+        self._invocations.invoke(
+            trigger.function_id,
+            data,
+            partial(self._handled, trigger),
+            namespace=trigger.namespace,
+            caller=trigger,
+            metadata=trigger.metadata,
+        )
+
+    def _handled(self, trigger: Trigger, result: Result) -> None:
+        if result.error is not None:
+            self.outcomes_total["failed"] += 1
+            _log.debug("trigger_failed", id=trigger.id, function=trigger.function_id)
+
+    def _of_group(self, trigger_type: str, stream: str, group_id: str) -> list[Trigger]:
+        return [
+            t
+            for t in self._triggers.values()
+            if t.type == trigger_type
+            and isinstance(t.parsed, JoinConfig)
+            and t.parsed.matches(stream, group_id)
+        ]
+
+    def _provide(self, trigger: Trigger, provider: Worker) -> None:
+        trigger.provider = provider
+        provider.send(register_trigger(trigger.message))
+
+    def _remove(self, trigger: Trigger) -> None:
+        del self._triggers[trigger.id]
+        if trigger.type == STREAM:
+            self._tell_shards(RemoveTrigger(trigger.id))
+        elif trigger.provider is not None:
+            trigger.provider.send(unregister_trigger(trigger.id, trigger.type))
+
+
+def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:
+    kind: type[StreamConfig] | type[JoinConfig]
+    if trigger.type == STREAM:
+        kind = StreamConfig
+    elif trigger.type in (JOIN, LEAVE):
+        kind = JoinConfig
+    else:
+        return None
+    try:
+        return msgspec.json.decode(trigger.config or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        field = path.strip("`.") or ("stream_name" if "stream_name" in reason else "config")
+        raise InvalidRequest(
+            "trigger_registration_failed",
+            f"Failed to deserialize stream trigger: {field}: {reason}",
+            field,
+        ) from None
+
+
+def _to_shard(trigger: Trigger) -> AddTrigger:
+    config = trigger.parsed
+    assert isinstance(config, StreamConfig)
+    return AddTrigger(trigger.id, config.stream_name, config.group_id, config.item_id)
+
+
+def _unauthorized(result: bytes | None) -> bytes | None:
+    """JSON text of the field `unauthorized` of a join handler's result."""
+    if result is None or not result.lstrip().startswith(b"{"):
+        return None
+    value = msgspec.json.decode(result, type=dict[str, msgspec.Raw]).get("unauthorized")
+    return None if value is None else bytes(value)
