@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Protocol, cast
 
 from websockets.datastructures import Headers
+from websockets.exceptions import InvalidMessage
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import OPEN
@@ -72,6 +73,7 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[bytes] = deque()
         self._write_paused = False
         self._control_bytes = 0
+        self._answered = False
         self._close_timer: asyncio.TimerHandle | None = None
         self.waiting_bytes = 0
         self.request: Request | None = None
@@ -259,6 +261,8 @@ class Connection(asyncio.Protocol):
 
     def _write_protocol_data(self) -> None:
         """Write what the library wants sent: handshake, pongs, close frames, the end."""
+        if isinstance(self._protocol.handshake_exc, InvalidMessage) and self.request is None:
+            self._answer_garbage()
         for data in self._protocol.data_to_send():
             if self._transport is None:
                 return
@@ -271,6 +275,13 @@ class Connection(asyncio.Protocol):
                 self._control_bytes += len(data)
         if self._control_bytes > UNREAD_BYTES_MAX:
             self.abort()
+
+    def _answer_garbage(self) -> None:
+        """What is no HTTP request is answered all the same; the library just ends it."""
+        if self._transport is not None and not self._answered:
+            self._answered = True
+            refusal = self._protocol.reject(HTTPStatus.BAD_REQUEST, "not a valid HTTP request\n")
+            self._transport.write(refusal.serialize())
 
     def _arm_close_timer(self) -> None:
         if self._close_timer is None:

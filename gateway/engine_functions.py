@@ -13,7 +13,14 @@ import msgspec
 from msgspec import Raw, Struct
 
 from broker.errors import BrokerError
-from gateway.functions import Functions, Key, Registration, id_prefix
+from gateway.functions import (
+    BUILTINS,
+    STREAM_FUNCTIONS,
+    Functions,
+    Key,
+    Registration,
+    id_prefix,
+)
 from gateway.invocations import Executor, Invocations
 from gateway.stream_calls import deserialization_error
 from gateway.triggers import (
@@ -23,7 +30,7 @@ from gateway.triggers import (
     Trigger,
     Triggers,
 )
-from gateway.worker_protocol import present
+from gateway.worker_protocol import RegisterFunction, present
 
 ENGINE_WORKER = "iii-stream"
 FUNCTION_IDS_MAX = 32
@@ -32,6 +39,16 @@ AVAILABILITY_INTERVAL_S = 1.0
 
 _encode = msgspec.json.encode
 _Fields = dict[str, Any]
+
+
+class _Builtin:
+    """Stands for the registration of a function of the broker's own."""
+
+    def __init__(self, function_id: str) -> None:
+        self.definition = RegisterFunction(function_id, BUILTINS[function_id])
+
+
+_Entry = tuple[Key, Registration[Executor] | _Builtin]
 
 
 class WorkerInfo:
@@ -106,7 +123,7 @@ class EngineFunctions:
         functions: Functions[Executor],
         invocations: Invocations,
         triggers: Triggers,
-        workers: Callable[[], list[WorkerInfo]],
+        workers: Callable[[], dict[str, WorkerInfo]],
     ) -> None:
         self._functions = functions
         self._invocations = invocations
@@ -133,15 +150,15 @@ class EngineFunctions:
 
     def all_functions(self) -> list[_Fields]:
         """Every function, internal ones included, sorted by id."""
-        return [self._function(key, r) for key, r in self._functions.served()]
+        return [self._function(key, r) for key, r in self._served()]
 
     def _functions_list(self, function_id: str, data: bytes) -> _Fields:
         query = _decode(function_id, data, _List)
         found: list[tuple[int, _Fields]] = []
         wanted = set(query.workers or ()) | ({query.worker} if query.worker else set())
-        for key, registration in self._functions.served():
+        for key, registration in self._served():
             fields = self._function(key, registration)
-            if not query.include_internal and _is_internal(key[1], registration):
+            if not query.include_internal and _is_internal(key[1], registration.definition):
                 continue
             if query.prefix and not key[1].startswith(query.prefix):
                 continue
@@ -176,7 +193,7 @@ class EngineFunctions:
 
     def _workers_list(self, function_id: str, data: bytes) -> _Fields:
         query = _decode(function_id, data, _List)
-        workers = [self._worker(info) for info in self._workers() if "pid" in info.fields]
+        workers = [self._worker(info) for info in self._workers().values() if "pid" in info.fields]
         workers.append(_engine_worker())
         needle = (query.search or "").lower()
         return {
@@ -194,17 +211,16 @@ class EngineFunctions:
 
     def _workers_info(self, function_id: str, data: bytes) -> _Fields:
         query = _decode(function_id, data, _WorkerInfo)
-        for info in self._workers():
+        for info in self._workers().values():
             if info.name == query.name:
                 break
         else:
             if query.name != ENGINE_WORKER:
                 raise _not_found(f"Worker '{query.name}' is not connected.")
-            types = [_builtin_type(i) for i in sorted(BUILTIN_TYPES)]
             return {
                 "worker": {**_engine_worker(), "internal": True},
-                "functions": [],
-                "trigger_types": types,
+                "functions": [self._function(*entry) for entry in _builtins()],
+                "trigger_types": [_builtin_type(i) for i in sorted(BUILTIN_TYPES)],
                 "registered_triggers": [],
             }
         worker = {**self._worker(info), "internal": False}
@@ -278,12 +294,21 @@ class EngineFunctions:
         fields["function"] = self._function_info(trigger.namespace, trigger.function_id)
         return fields
 
-    def _function(self, key: Key, registration: Registration[Executor]) -> _Fields:
+    def _served(self) -> list[_Entry]:
+        """The broker's own functions and the workers', sorted by id."""
+        return sorted([*_builtins(), *self._functions.served()], key=lambda entry: entry[0][::-1])
+
+    def _find(self, namespace: str, function_id: str) -> Registration[Executor] | _Builtin | None:
+        if function_id in BUILTINS:
+            return _Builtin(function_id)
+        return self._functions.find(namespace, function_id)
+
+    def _function(self, key: Key, registration: Registration[Executor] | _Builtin) -> _Fields:
         definition = registration.definition
         fields: _Fields = {
             "function_id": key[1],
             "namespace": key[0],
-            "worker_name": self._worker_name(registration.worker) or id_prefix(key[1]),
+            "worker_name": self._owner_name(key[1], registration),
         }
         if definition.description is not None:
             fields["description"] = definition.description
@@ -292,7 +317,7 @@ class EngineFunctions:
         return fields
 
     def _function_info(self, namespace: str, function_id: str) -> _Fields | None:
-        registration = self._functions.find(namespace, function_id)
+        registration = self._find(namespace, function_id)
         if registration is None:
             return None
         fields = self._function((namespace, function_id), registration)
@@ -302,7 +327,7 @@ class EngineFunctions:
         if (schema := present(definition.response_format)) is not None:
             fields["response_schema"] = Raw(schema)
         fields["registered_triggers"] = [
-            {"id": t.id, "trigger_type": t.type, "config": Raw(t.config or b"null")}
+            {"id": t.id, "trigger_type": t.type, "config": Raw(t.config)}
             for t in self._triggers.active()
             if t.function_id == function_id and t.namespace == namespace
         ]
@@ -337,15 +362,17 @@ class EngineFunctions:
         return fields
 
     def _trigger(self, trigger: Trigger) -> _Fields:
-        config = trigger.config or b"null"
-        summary = _encode(Raw(config)).decode()
+        config = trigger.config
+        summary = msgspec.json.format(config, indent=-1).decode()
         if len(summary) > SUMMARY_CHARACTERS_MAX:
             summary = summary[:SUMMARY_CHARACTERS_MAX] + "…"
         return {
             "id": trigger.id,
             "trigger_type": trigger.type,
             "function_id": trigger.function_id,
-            "worker_name": self._worker_name(trigger.worker) or id_prefix(trigger.function_id),
+            "worker_name": self._owner_name(
+                trigger.function_id, self._find(trigger.namespace, trigger.function_id)
+            ),
             "config": Raw(config),
             "config_summary": summary,
         }
@@ -369,10 +396,17 @@ class EngineFunctions:
         }
 
     def _worker_name(self, worker: Executor) -> str | None:
-        for info in self._workers():
-            if info.worker is worker:
-                return info.name
-        return None
+        info = self._workers().get(worker.worker_id)
+        return info.name if info is not None else None
+
+    def _owner_name(
+        self, function_id: str, registration: Registration[Executor] | _Builtin | None
+    ) -> str:
+        """The name of a function's worker, or the first part of its id."""
+        if isinstance(registration, _Builtin):
+            return ENGINE_WORKER if function_id in STREAM_FUNCTIONS else "engine"
+        name = self._worker_name(registration.worker) if registration is not None else None
+        return name or id_prefix(function_id)
 
 
 class Availability:
@@ -423,10 +457,10 @@ def _rank(search: str | None, function_id: str, description: str | None) -> int 
     return 2 if needle in (description or "").lower() else None
 
 
-def _is_internal(function_id: str, registration: Registration[Executor]) -> bool:
+def _is_internal(function_id: str, definition: RegisterFunction) -> bool:
     if function_id.startswith("engine::"):
         return True
-    metadata = present(registration.definition.metadata)
+    metadata = present(definition.metadata)
     if metadata is None or not metadata.startswith(b"{"):
         return False
     return bool(msgspec.json.decode(metadata).get("internal") is True)
@@ -436,7 +470,7 @@ def _builtin_type(type_id: str) -> _Fields:
     return {
         "id": type_id,
         "namespace": "default",
-        "worker_name": ENGINE_WORKER,
+        "worker_name": "engine" if type_id.startswith("engine::") else ENGINE_WORKER,
         "description": BUILTIN_TYPES[type_id],
     }
 
@@ -445,18 +479,22 @@ def _engine_worker() -> _Fields:
     return {
         "id": ENGINE_WORKER,
         "name": ENGINE_WORKER,
-        "description": "The stream broker itself",
+        "description": "Build durable streams for real-time data subscriptions.",
         "version": None,
         "namespace": "default",
         "runtime": "engine",
         "os": None,
         "status": "available",
-        "function_count": 8,
+        "function_count": len(STREAM_FUNCTIONS),
         "connected_at_ms": 0,
         "active_invocations": 0,
         "isolation": "in-process",
         "ip_address": None,
     }
+
+
+def _builtins() -> list[_Entry]:
+    return [(("default", function_id), _Builtin(function_id)) for function_id in BUILTINS]
 
 
 def _not_found(message: str) -> BrokerError:

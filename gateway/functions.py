@@ -9,28 +9,29 @@ from gateway.worker_protocol import RegisterFunction
 
 W = TypeVar("W")
 
-BUILTINS = frozenset(
-    {
-        "stream::set",
-        "stream::get",
-        "stream::delete",
-        "stream::update",
-        "stream::send",
-        "stream::list",
-        "stream::list_groups",
-        "stream::list_all",
-        "engine::workers::register",
-        "engine::functions::list",
-        "engine::functions::info",
-        "engine::workers::list",
-        "engine::workers::info",
-        "engine::triggers::list",
-        "engine::triggers::info",
-        "engine::registered-triggers::list",
-        "engine::registered-triggers::info",
-    }
-)
-"""Ids that the broker answers itself."""
+STREAM_FUNCTIONS = {
+    "stream::delete": "Delete a value from a stream",
+    "stream::get": "Get a value from a stream",
+    "stream::list": "List all items in a stream group",
+    "stream::list_all": "List all available stream with metadata",
+    "stream::list_groups": "List all groups in a stream",
+    "stream::send": "Send a custom event to stream subscribers",
+    "stream::set": "Set a value in a stream",
+    "stream::update": "Atomically update a stream value with multiple operations",
+}
+ENGINE_FUNCTIONS = {
+    "engine::functions::info": "Tell all about functions",
+    "engine::functions::list": "List the registered functions",
+    "engine::registered-triggers::info": "Tell all about a registered trigger",
+    "engine::registered-triggers::list": "List the registered triggers",
+    "engine::triggers::info": "Tell all about a trigger type",
+    "engine::triggers::list": "List the trigger types",
+    "engine::workers::info": "Tell all about a worker",
+    "engine::workers::list": "List the connected workers",
+    "engine::workers::register": "Say who the calling worker is",
+}
+BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS
+"""Ids and descriptions of the functions that the broker answers itself."""
 
 _PREFIX = re.compile(r"(.*?)::")
 

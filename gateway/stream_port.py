@@ -114,7 +114,7 @@ class StreamPort(Listener):
                 assert_never(verdict.outcome)
 
     def _page(self, connection: Connection, request: Request, path: str) -> None:
-        if request.method not in ("GET", "HEAD"):
+        if request.method != "GET":
             self.refuse(connection, HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n", "bad_request")
         elif path == "/":
             connection.respond(plain_response(_WELCOME))

@@ -32,11 +32,11 @@ FUNCTIONS_AVAILABLE, WORKERS_AVAILABLE = (
     "engine::workers-available",
 )
 BUILTIN_TYPES = {
-    FUNCTIONS_AVAILABLE: "The set of registered functions changed",
-    WORKERS_AVAILABLE: "A worker connected, said who it is, or left",
-    STREAM: "An item of a stream changed, or a custom event was sent",
-    JOIN: "A client asks to join a group or an item",
-    LEAVE: "A subscription of a client ended",
+    FUNCTIONS_AVAILABLE: "Triggered when functions are registered/unregistered",
+    WORKERS_AVAILABLE: "Triggered when workers connect/disconnect",
+    STREAM: "Stream trigger",
+    JOIN: "Stream join trigger",
+    LEAVE: "Stream leave trigger",
 }
 CONDITIONS_WAITING_MAX = 1000
 """Events of one trigger and group that wait for its condition; later ones are dropped."""
@@ -82,7 +82,8 @@ class Trigger:
         self.type = message.trigger_type
         self.function_id = message.function_id
         self.namespace = message.namespace if message.namespace is not None else "default"
-        self.config = present(message.config)
+        self.config = _config(message)
+        """JSON text."""
         self.metadata = present(message.metadata)
         self.parsed: StreamConfig | JoinConfig | None = None
         self.provider: Worker | None = None
@@ -146,7 +147,7 @@ class Triggers:
             )
             return
         if (earlier := self._triggers.get(trigger.id)) is not None:
-            self._remove(earlier)
+            self._remove(earlier, successor=trigger)
         self._triggers[trigger.id] = trigger
         if trigger.type == STREAM:
             self._tell_shards(_to_shard(trigger))
@@ -347,8 +348,11 @@ class Triggers:
         trigger.provider = provider
         provider.send(register_trigger(trigger.message))
 
-    def _remove(self, trigger: Trigger) -> None:
+    def _remove(self, trigger: Trigger, successor: Trigger | None = None) -> None:
+        """Take a trigger out; whoever serves it learns of a `successor` of its type by that."""
         del self._triggers[trigger.id]
+        if successor is not None and successor.type == trigger.type:
+            return
         if trigger.type == STREAM:
             self._tell_shards(RemoveTrigger(trigger.id))
         elif trigger.provider is not None:
@@ -363,8 +367,10 @@ def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:
         kind = JoinConfig
     else:
         return None
+    if kind is JoinConfig and not trigger.config.startswith(b"{"):
+        return JoinConfig()  # a guard without filters rather than none
     try:
-        return msgspec.json.decode(trigger.config or b"{}", type=kind)
+        return msgspec.json.decode(trigger.config, type=kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.strip("`.") or ("stream_name" if "stream_name" in reason else "config")
@@ -373,6 +379,14 @@ def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:
             f"Failed to deserialize stream trigger: {field}: {reason}",
             field,
         ) from None
+
+
+def _config(message: RegisterTrigger) -> bytes:
+    """The config as JSON text; what is absent is null, and `{}` for a built-in type (3.5)."""
+    text = bytes(message.config).strip()
+    if text:
+        return text
+    return b"{}" if message.trigger_type in BUILTIN_TYPES else b"null"
 
 
 def _to_shard(trigger: Trigger) -> AddTrigger:

@@ -64,9 +64,9 @@ class WorkerPort(Listener):
         self.undecodable_total = 0
         self.messages_total = 0
 
-    def worker_infos(self) -> list[WorkerInfo]:
-        """What is known of the connected workers."""
-        return [worker.info for worker in self.workers.values()]
+    def worker_infos(self) -> dict[str, WorkerInfo]:
+        """What is known of the connected workers, by their ids."""
+        return {worker_id: worker.info for worker_id, worker in self.workers.items()}
 
     def request_received(self, connection: Connection, request: Request) -> None:
         path = request.path.partition("?")[0]
@@ -295,9 +295,13 @@ class Worker:
             )
             self._answer_error(call, wire.error_text(error))
             return
-        self.info.update(data, _label)
         namespace = data.get("namespace")
-        if isinstance(namespace, str) and namespace.strip() and namespace != self._namespace:
+        if isinstance(namespace, str) and not namespace.strip():
+            blank = InvalidRequest("INVALID_NAMESPACE", "namespace is blank", "namespace")
+            self._answer_error(call, wire.error_text(blank))
+            return
+        self.info.update(data, _label)
+        if isinstance(namespace, str) and namespace != self._namespace:
             self._port.functions.move_worker(self, self._namespace, namespace)
             self._namespace = namespace
         self._port.availability.worker("worker_metadata_updated", self.worker_id)

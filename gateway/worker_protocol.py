@@ -51,7 +51,7 @@ class RegisterTrigger(_Message):
     id: Id
     trigger_type: Id
     function_id: Id
-    config: Raw = NULL
+    config: Raw = ABSENT
     metadata: Raw = NULL
     namespace: str | None = None
 
@@ -74,7 +74,7 @@ class Action(Struct):
 
 
 class InvokeFunction(_Message):
-    function_id: Id
+    function_id: str
     data: Raw = NULL
     invocation_id: InvocationId | None = None
     action: Action | None = None
@@ -223,7 +223,7 @@ def register_trigger(message: RegisterTrigger) -> bytes:
         "id": message.id,
         "trigger_type": message.trigger_type,
         "function_id": message.function_id,
-        "config": Raw(present(message.config) or b"null"),
+        "config": Raw(bytes(message.config) or b"null"),
     }
     if (metadata := present(message.metadata)) is not None:
         fields["metadata"] = Raw(metadata)

