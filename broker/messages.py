@@ -76,9 +76,11 @@ class Join(GroupCall, tag=8):
     """Asks for a snapshot and for every event of the group that comes after it.
 
     `item_id` None: of the whole group. Events come once per link, however often it is asked.
+    `data`: JSON text of what the sync holds when a worker stores the stream, else None.
     """
 
     item_id: str | None
+    data: bytes | None = None
 
 
 class Leave(Message, tag=9):
@@ -112,6 +114,32 @@ class AddTrigger(Message, tag=12):
 
 class RemoveTrigger(Message, tag=13):
     trigger_id: str
+
+
+class Publish(GroupCall, tag=14):
+    """Number and tell a change that a worker stored; `kind`: create, update or delete."""
+
+    item_id: str
+    kind: str
+    data: bytes
+
+
+class CheckOps(Message, tag=15):
+    """Asks for the canonical form of `ops`; answered with a JSON list."""
+
+    call_id: int
+    ops: bytes
+
+
+class ApplyOps(Message, tag=16):
+    """Asks what `ops` make of `current` (None: a missing item); nothing is stored.
+
+    Answered with a JSON object: `new_value`, and `errors` where there are some.
+    """
+
+    call_id: int
+    current: bytes | None
+    ops: bytes
 
 
 # Shard to gateway.
@@ -182,5 +210,8 @@ ToShard = (
     | ListAll
     | AddTrigger
     | RemoveTrigger
+    | Publish
+    | CheckOps
+    | ApplyOps
 )
 ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event

@@ -33,6 +33,7 @@ ENGINE_FUNCTIONS = {
 BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS
 """Ids and descriptions of the functions that the broker answers itself."""
 
+_CUSTOM = re.compile(r"stream::(?:get|set|delete|list|list_groups|update)\((.*)\)", re.DOTALL)
 _PREFIX = re.compile(r"(.*?)::")
 
 Key = tuple[str, str]
@@ -54,13 +55,18 @@ class Functions(Generic[W]):
 
     def __init__(self) -> None:
         self._registrations: dict[Key, list[Registration[W]]] = {}
+        self.custom: dict[str, int] = {}
+        """Streams that workers store, and how many functions of them are registered."""
 
     def __len__(self) -> int:
         return len(self._registrations)
 
     def register(self, namespace: str, worker: W, definition: RegisterFunction) -> W | None:
         """Enter a function. Returns another worker that owns the id and keeps it, if there is."""
-        waiting = self._registrations.setdefault((namespace, definition.id), [])
+        key = (namespace, definition.id)
+        if key not in self._registrations:
+            self._count_custom(key, 1)
+        waiting = self._registrations.setdefault(key, [])
         for registration in waiting:
             if registration.worker is worker:
                 registration.definition = definition
@@ -79,6 +85,7 @@ class Functions(Generic[W]):
         waiting[:] = [r for r in waiting if r.worker is not worker]
         if not waiting:
             del self._registrations[key]
+            self._count_custom(key, -1)
 
     def remove_worker(self, worker: W) -> None:
         """Take out all of a worker's registrations."""
@@ -92,6 +99,17 @@ class Functions(Generic[W]):
                 for registration in [r for r in waiting if r.worker is worker]:
                     self.unregister(old, worker, key[1])
                     self.register(new, worker, registration.definition)
+
+    def _count_custom(self, key: Key, change: int) -> None:
+        found = _CUSTOM.fullmatch(key[1]) if key[0] == "default" else None
+        if found is None:
+            return
+        stream = found.group(1)
+        count = self.custom.get(stream, 0) + change
+        if count:
+            self.custom[stream] = count
+        else:
+            del self.custom[stream]
 
     def find(self, namespace: str, function_id: str) -> Registration[W] | None:
         """The registration that is served."""

@@ -15,6 +15,7 @@ from broker.messages import Event, Message
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from gateway.auth import Auth
+from gateway.custom_streams import CustomStreams
 from gateway.functions import Functions
 from gateway.hub import Hub
 from gateway.invocations import Executor, Invocations
@@ -51,7 +52,8 @@ class Gateway:
         self.functions = Functions[Executor]()
         self.invocations = Invocations(self.functions, limits.worker_calls_in_flight_max)
         self.triggers = Triggers(self.invocations, self._tell_shards, limits.trigger_timeout_s)
-        self.stream_calls = StreamCalls(self.links, limits.name_bytes_max)
+        self.custom = CustomStreams(self.functions, self.invocations, self.links)
+        self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits.auth_timeout_s)
         self.worker_port = WorkerPort(
@@ -67,6 +69,7 @@ class Gateway:
             auth=self.auth,
             triggers=self.triggers,
             links=self.links,
+            custom=self.custom,
             not_ready=self.not_ready,
         )
 
@@ -212,6 +215,16 @@ def _metrics(gateway: Gateway) -> Metrics:
         "invocations_pending",
         "Calls to workers that wait for their answer.",
         lambda: len(gateway.invocations),
+    )
+    metrics.gauge(
+        "custom_operations_waiting",
+        "Operations that wait for workers that store streams.",
+        lambda: gateway.custom.waiting,
+    )
+    metrics.counter(
+        "custom_operations_refused",
+        "Operations refused because too many wait for such a worker.",
+        lambda: gateway.custom.refused_total,
     )
     metrics.counter(
         "invocations_refused",

@@ -16,10 +16,8 @@ from broker import messages
 from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
 from broker.names import Group, check_name
+from gateway.custom_streams import Answered, CustomStreams, StreamCall
 from gateway.shard_links import Answer, ShardLinks
-
-Answered = Callable[[bytes | BrokerError | None], None]
-"""Given the JSON text of the result, None for no result, or an error."""
 
 
 class _Group(Struct):
@@ -60,8 +58,9 @@ _MISSING = re.compile(r"missing required field `(.+)`")
 class StreamCalls:
     """Makes calls; counts them by function."""
 
-    def __init__(self, links: ShardLinks, name_bytes_max: int) -> None:
+    def __init__(self, links: ShardLinks, custom: CustomStreams, name_bytes_max: int) -> None:
         self._links = links
+        self._custom = custom
         self._name_bytes_max = name_bytes_max
         self._functions: dict[str, Callable[[bytes, Answered], None]] = {
             "stream::set": self._set,
@@ -94,31 +93,21 @@ class StreamCalls:
         i = _decode(_set_decoder, "set", data)
         group = self._group(i.stream_name, i.group_id)
         check_name("item_id", i.item_id, self._name_bytes_max)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        message = messages.Set(call_id, *group, i.item_id, bytes(i.data))
-        link.call(message, call_id, _passing(answered))
+        self._ask(messages.Set(0, *group, i.item_id, bytes(i.data)), answered)
 
     def _get(self, data: bytes, answered: Answered) -> None:
         group, item_id = self._item("get", data)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        link.call(messages.Get(call_id, *group, item_id), call_id, _passing(answered))
+        self._ask(messages.Get(0, *group, item_id), answered)
 
     def _delete(self, data: bytes, answered: Answered) -> None:
         group, item_id = self._item("delete", data)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        link.call(messages.Delete(call_id, *group, item_id), call_id, _passing(answered))
+        self._ask(messages.Delete(0, *group, item_id), answered)
 
     def _update(self, data: bytes, answered: Answered) -> None:
         i = _decode(_update_decoder, "update", data)
         group = self._group(i.stream_name, i.group_id)
         check_name("item_id", i.item_id, self._name_bytes_max)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        message = messages.Update(call_id, *group, i.item_id, bytes(i.ops))
-        link.call(message, call_id, _passing(answered))
+        self._ask(messages.Update(0, *group, i.item_id, bytes(i.ops)), answered)
 
     def _send(self, data: bytes, answered: Answered) -> None:
         i = _decode(_send_decoder, "send", data)
@@ -126,21 +115,19 @@ class StreamCalls:
         check_name("type", i.type, self._name_bytes_max)
         if i.id is not None:
             check_name("id", i.id, self._name_bytes_max)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        message = messages.Send(call_id, *group, i.id, i.type, bytes(i.data))
-        link.call(message, call_id, _passing(answered))
+        self._ask(messages.Send(0, *group, i.id, i.type, bytes(i.data)), answered)
 
     def _list(self, data: bytes, answered: Answered) -> None:
         i = _decode(_group_decoder, "list", data)
-        group = self._group(i.stream_name, i.group_id)
-        link = self._links.of(group)
-        call_id = link.next_call_id()
-        link.call(messages.List(call_id, *group), call_id, _passing(answered))
+        self._ask(messages.List(0, *self._group(i.stream_name, i.group_id)), answered)
 
     def _list_groups(self, data: bytes, answered: Answered) -> None:
         stream = _decode(_stream_decoder, "list_groups", data).stream_name
         check_name("stream_name", stream, self._name_bytes_max)
+
+        if self._custom.serves(stream, "list_groups"):
+            self._custom.list_groups(stream, answered)
+            return
 
         def merged(results: list[bytes]) -> bytes:
             return msgspec.json.encode(sorted(name for r in results for name in _names.decode(r)))
@@ -150,6 +137,15 @@ class StreamCalls:
     def _list_all(self, data: bytes, answered: Answered) -> None:
         _decode(_nothing_decoder, "list_all", data)
         self._ask_all(messages.ListAll, _merged_streams, answered)
+
+    def _ask(self, call: StreamCall, answered: Answered) -> None:
+        """Ask the shard that owns the group, or the worker that stores the stream."""
+        if self._custom.takes(call.stream, call.group_id):
+            self._custom.call(call, answered)
+        else:
+            link = self._links.of(Group(call.stream, call.group_id))
+            call.call_id = link.next_call_id()
+            link.call(call, call.call_id, _passing(answered))
 
     def _ask_all(
         self,

@@ -25,6 +25,7 @@ from broker.names import Group, check_name
 from gateway import stream_protocol as wire
 from gateway.auth import Auth, Outcome
 from gateway.connection import Connection, plain_response
+from gateway.custom_streams import CustomStreams, Unread
 from gateway.hub import Hub, State, Subscription
 from gateway.listener import Listener
 from gateway.shard_links import Answer, ShardLinks
@@ -56,6 +57,7 @@ class StreamPort(Listener):
         auth: Auth,
         triggers: Triggers,
         links: ShardLinks,
+        custom: CustomStreams,
         not_ready: Callable[[], str | None],
     ) -> None:
         super().__init__(
@@ -65,6 +67,7 @@ class StreamPort(Listener):
         self.auth = auth
         self.triggers = triggers
         self.links = links
+        self.custom = custom
         self._not_ready = not_ready
         self._tasks: set[asyncio.Task[None]] = set()
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
@@ -299,22 +302,30 @@ class Client:
     # Syncs.
 
     def sync(self, subscription: Subscription) -> None:
-        """Ask the shard for a snapshot; the subscription is live when it comes."""
-        subscription.state = State.JOINING
+        """Ask for a snapshot; the subscription is live when it comes, if it is not yet."""
+        if subscription.state is State.BEHIND:
+            subscription.state = State.JOINING
+        answered = partial(self._synced, subscription)
+        if self._port.custom.takes(*subscription.group):
+            self._port.custom.join(subscription.group, subscription.item_id, answered)
+            return
         link = self._port.links.of(subscription.group)
         call_id = link.next_call_id()
         message = messages.Join(call_id, *subscription.group, subscription.item_id)
-        link.call(message, call_id, partial(self._synced, subscription))
+        link.call(message, call_id, answered)
 
-    def _synced(self, subscription: Subscription, answer: Answer) -> None:
+    def _synced(self, subscription: Subscription, answer: Answer | Unread) -> None:
         if self._subscriptions.get(subscription.subscription_id) is not subscription:
             return
         if isinstance(answer, BrokerError):
             self._sync_failed(subscription, answer)
             return
-        assert isinstance(answer, Synced), "what a join is answered with"
+        assert isinstance(answer, Synced | Unread), "what a join is answered with"
         behind = self._port.hub.synced(subscription, answer.seq)
-        if not self._connection.send(text_frame(answer.payload)):
+        if isinstance(answer, Unread):  # live all the same; the sync comes once reading works
+            self._tell_error(subscription, answer.error)
+            asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
+        elif not self._connection.send(text_frame(answer.payload)):
             self.fell_behind()
         for other in behind:
             assert isinstance(other.subscriber, Client)
@@ -322,6 +333,11 @@ class Client:
 
     def _sync_failed(self, subscription: Subscription, error: BrokerError) -> None:
         subscription.state = State.BEHIND
+        self._tell_error(subscription, error)
+        if not isinstance(error, ShardUnavailable):  # else: when the shard is linked again
+            asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
+
+    def _tell_error(self, subscription: Subscription, error: BrokerError) -> None:
         event = {
             "type": "error",
             "code": error.code,
@@ -329,12 +345,10 @@ class Client:
             "subscriptionId": subscription.subscription_id,
         }
         self._tell(wire.envelope(*subscription.group, None, event))
-        if not isinstance(error, ShardUnavailable):  # else: when the shard is linked again
-            asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
 
     def _retry(self, subscription: Subscription) -> None:
         current = self._subscriptions.get(subscription.subscription_id)
-        if current is subscription and subscription.state is State.BEHIND:
+        if current is subscription and subscription.state is not State.JOINING:
             self.sync(subscription)
 
     def _tell(self, payload: bytes) -> None:

@@ -24,6 +24,7 @@ Operation = (
     | messages.Send
     | messages.List
     | messages.Join
+    | messages.Publish
 )
 """What can be asked of one group: the link's messages as they are."""
 
@@ -65,6 +66,8 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 
     data: JSON text of the new value, of the deleted one, or of a custom event's data.
     event_type: of a custom event.
+    stored: whether an item of this storage changed; custom events, and changes of what a worker
+        stores, are numbered and told only.
     """
 
     kind: Kind
@@ -73,6 +76,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     seq: int
     timestamp_ms: int
     event_type: str | None = None
+    stored: bool = True
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
@@ -144,14 +148,17 @@ class GroupState:
             case messages.Delete():
                 return self._delete(operation.item_id, now_ms)
             case messages.Send():
-                change = self._change(
-                    Kind.EVENT, operation.item_id, operation.data, now_ms, operation.event_type
-                )
-                return Done(b"null", change)
+                item_id, event_type = operation.item_id, operation.event_type
+                return self._tell(Kind.EVENT, item_id, operation.data, now_ms, event_type)
+            case messages.Publish():
+                kind = Kind(operation.kind)
+                return self._tell(kind, operation.item_id, operation.data, now_ms)
             case messages.List():
                 return Done(self.values(bytes_max))
             case messages.Join():
                 item_id = operation.item_id
+                if operation.data is not None:
+                    return self.snapshot(operation.data, now_ms)
                 if item_id is None:
                     return self.snapshot(self.values(bytes_max), now_ms)
                 return self.snapshot(self.items.get(item_id, b"null"), now_ms)
@@ -216,17 +223,22 @@ class GroupState:
         change = self._change(Kind.DELETE, item_id, old, now_ms)
         return Done(b'{"old_value":' + old + b"}", change)
 
-    def _change(
+    def _change(self, kind: Kind, item_id: str, data: bytes, now_ms: int) -> Change:
+        self.head.seq += 1
+        return Change(kind, item_id, data, self.head.seq, self.head.tick(now_ms))
+
+    def _tell(
         self,
         kind: Kind,
         item_id: str | None,
         data: bytes,
         now_ms: int,
         event_type: str | None = None,
-    ) -> Change:
+    ) -> Done:
         head = self.head
         head.seq += 1
-        return Change(kind, item_id, data, head.seq, head.tick(now_ms), event_type)
+        change = Change(kind, item_id, data, head.seq, head.tick(now_ms), event_type, stored=False)
+        return Done(b"null", change)
 
 
 Outcome = Done | Snapshot | InvalidRequest | LimitExceeded

@@ -13,6 +13,7 @@ from broker.errors import BrokerError, StorageError
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
 from broker.names import Group
+from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, sync_payload
 from shards.group import Change, GroupState, Operation, Snapshot
@@ -30,6 +31,7 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
     messages.Send: ("STREAM_SEND_ERROR", "Failed to send event"),
     messages.List: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
     messages.Join: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
+    messages.Publish: ("STREAM_SEND_ERROR", "Failed to send event"),
 }
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
 
@@ -82,6 +84,7 @@ class Requests:
                 | messages.Send()
                 | messages.List()
                 | messages.Join()
+                | messages.Publish()
             ):
                 self._count_call(message)
                 if self.committer.waiting >= WAITING_MAX:
@@ -99,6 +102,10 @@ class Requests:
             case messages.ListAll():
                 self._count_call(message)
                 self._start(self._list_all(link, message))
+            case messages.CheckOps():
+                self._check_ops(link, message)
+            case messages.ApplyOps():
+                self._apply_ops(link, message)
             case messages.AddTrigger():
                 self.triggers.add(link, message)
             case messages.RemoveTrigger():
@@ -193,6 +200,25 @@ class Requests:
             self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
         else:
             link.send(Reply(call.call_id, msgspec.json.encode(found)))
+
+    def _check_ops(self, link: GatewayLink, call: messages.CheckOps) -> None:
+        try:
+            ops = update_ops.parse_ops(call.ops)
+        except BrokerError as error:
+            self._fail(link, call.call_id, error)
+        else:
+            link.send(Reply(call.call_id, update_ops.ops_text(ops)))
+
+    def _apply_ops(self, link: GatewayLink, call: messages.ApplyOps) -> None:
+        try:
+            outcome = update_ops.apply_ops(call.current, update_ops.parse_ops(call.ops))
+        except BrokerError as error:
+            self._fail(link, call.call_id, error)
+        else:
+            result: dict[str, object] = {"new_value": msgspec.Raw(outcome.value)}
+            if outcome.errors:
+                result["errors"] = outcome.errors
+            link.send(Reply(call.call_id, msgspec.json.encode(result)))
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -67,7 +67,7 @@ class _Changes:
 
     def add(self, group: GroupState, change: Change) -> None:
         self.groups[group.group_id] = group
-        if change.kind is Kind.EVENT:
+        if not change.stored:
             return
         assert change.item_id is not None, "only custom events may be of no item"
         key = (group.group_id, change.item_id)
@@ -355,7 +355,7 @@ def _group_row(group: GroupState) -> GroupRow:
 
 def _reads_whole(operation: Operation) -> bool:
     match operation:
-        case messages.List() | messages.Join(item_id=None):
+        case messages.List() | messages.Join(item_id=None, data=None):
             return True
         case _:
             return False

@@ -191,17 +191,7 @@ CUSTOM_INSTEAD: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
 # Reading fails: the client is told (protocol section 5.3) before any event of the group.
 READING_FAILS = "join when list fails: no sync, subscription stands"
 
-WORKS_ALREADY = {"another stream is not affected", "list_all never asks a worker"}
-
-
-def _custom_parameters() -> list[Any]:
-    later = pytest.mark.xfail(strict=True, reason="custom streams are not served yet")
-    return [
-        pytest.param(name, marks=() if name in WORKS_ALREADY else later, id=name) for name in CUSTOM
-    ]
-
-
-@pytest.mark.parametrize("name", _custom_parameters())
+@pytest.mark.parametrize("name", CUSTOM)
 def test_custom_stream(name: str, memory_broker: Broker, run: Run) -> None:
     assert CUSTOM_INSTEAD.keys() <= CUSTOM.keys()
     run(replay_custom(memory_broker, CUSTOM[name]))

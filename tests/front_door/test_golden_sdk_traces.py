@@ -220,7 +220,6 @@ def changed_node(python: OtherSdk) -> dict[int, Frame]:
     return frames
 
 
-@pytest.mark.xfail(strict=True, reason="custom streams are not served yet")
 def test_custom_stream_of_the_node_sdk(broker: Broker, run: Run) -> None:
     run(replay_node_custom(broker))
 

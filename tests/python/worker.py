@@ -26,7 +26,8 @@ def main() -> None:
     worker = register_worker(options=InitOptions(worker_name="python-worker"))
 
     def register_function(function_id: str, returns: Any) -> None:
-        def handler(data: Any) -> Any:
+        # async: other functions run in threads, which would report in any order
+        async def handler(data: Any) -> Any:
             report({"called": function_id, "data": data})
             return returns
 

@@ -1,0 +1,330 @@
+"""Streams whose storage a worker serves (protocol section 10.4).
+
+The worker stores, the shard numbers, publishes and triggers. Operations on one group of such a
+stream run one after the other, so that an event is of what was stored, a sync is as of its seq,
+and an update through the worker's get and set is atomic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from broker import messages
+from broker.errors import BrokerError, InvalidRequest, LimitExceeded
+from broker.messages import Reply, Synced
+from broker.names import Group
+from gateway.functions import Functions
+from gateway.invocations import Executor, Invocations, Result
+from gateway.shard_links import Answer, ShardLinks
+
+WAITING_MAX = 1000
+"""Operations of one group that wait for the worker; past it calls are refused."""
+TIMEOUT_S = 30.0
+"""For one answer of the worker: the SDKs' own limit on a call."""
+
+Answered = Callable[[bytes | BrokerError | None], None]
+"""Given the JSON text of the result, None for no result, or an error."""
+
+StreamCall = (
+    messages.Get | messages.Set | messages.Delete | messages.Update | messages.Send | messages.List
+)
+
+_Work = Callable[[], Coroutine[None, None, None]]
+
+_encode = msgspec.json.encode
+
+T = TypeVar("T")
+
+
+class _Stored(Struct):
+    """What a worker's set or update answers."""
+
+    new_value: Raw
+    old_value: Raw = Raw(b"null")
+    errors: Raw = Raw(b"null")
+
+
+class _Deleted(Struct):
+    old_value: Raw = Raw(b"null")
+
+
+class Unread(Struct):
+    """Answer to a join: events after `seq` follow, but the worker could not tell what it has."""
+
+    seq: int
+    error: BrokerError
+
+
+class CustomStreams:
+    """Runs operations on streams that workers store."""
+
+    def __init__(
+        self, functions: Functions[Executor], invocations: Invocations, links: ShardLinks
+    ) -> None:
+        self._functions = functions
+        self._invocations = invocations
+        self._links = links
+        self._queues: dict[Group, deque[_Work]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.refused_total = 0
+
+    @property
+    def waiting(self) -> int:
+        """Operations that wait or run."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    def serves(self, stream: str, function: str) -> bool:
+        """Whether a worker has `function` of the stream."""
+        if not self._functions.custom:
+            return False
+        return self._functions.find("default", _function_id(function, stream)) is not None
+
+    def takes(self, stream: str, group_id: str) -> bool:
+        """Whether operations on the group have to come here."""
+        return (bool(self._functions.custom) and stream in self._functions.custom) or (
+            bool(self._queues) and Group(stream, group_id) in self._queues
+        )
+
+    def call(self, call: StreamCall, answered: Answered) -> None:
+        """Make a call on a group, after those before it."""
+        group = Group(call.stream, call.group_id)
+
+        async def work() -> None:
+            try:
+                answer = await self._perform(group, call)
+            except BrokerError as error:
+                answered(error)
+            else:
+                answered(answer)
+
+        self._enqueue(group, work, answered)
+
+    def list_groups(self, stream: str, answered: Answered) -> None:
+        """Ask the worker for the stream's groups."""
+        self._invocations.call_within(
+            TIMEOUT_S,
+            _function_id("list_groups", stream),
+            _encode({"stream_name": stream}),
+            lambda result: answered(_passed_on(result)),
+        )
+
+    def join(
+        self, group: Group, item_id: str | None, answered: Callable[[Answer | Unread], None]
+    ) -> None:
+        """Make a sync of what the worker has, as of the shard's seq."""
+
+        self._enqueue(group, partial(self._join, group, item_id, answered), answered)
+
+    def _enqueue(
+        self,
+        group: Group,
+        work: _Work,
+        refused: Callable[[BrokerError], None],
+    ) -> None:
+        queue = self._queues.get(group)
+        if queue is None:
+            queue = self._queues[group] = deque()
+            task = asyncio.get_running_loop().create_task(self._run(group, queue))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif len(queue) >= WAITING_MAX:
+            self.refused_total += 1
+            refused(
+                LimitExceeded(
+                    "overloaded",
+                    f"{WAITING_MAX} operations wait for the worker that stores the stream",
+                    retryable=True,
+                )
+            )
+            return
+        queue.append(work)
+
+    async def _run(self, group: Group, queue: deque[_Work]) -> None:
+        while queue:
+            await queue[0]()
+            queue.popleft()
+        del self._queues[group]
+
+    async def _join(
+        self, group: Group, item_id: str | None, answered: Callable[[Answer | Unread], None]
+    ) -> None:
+        function = "list" if item_id is None else "get"
+        data: bytes | BrokerError | None = None
+        if self.serves(group.stream, function):
+            data = _passed_on(await self._invoke(function, group, item_id, {})) or b"null"
+        error = data if isinstance(data, BrokerError) else None
+        link = self._links.of(group)
+        call_id = link.next_call_id()
+        done = asyncio.Event()
+
+        def joined(answer: Answer) -> None:
+            # At once: the events that follow are right behind it.
+            if error is not None and isinstance(answer, Synced):
+                answered(Unread(answer.seq, error))
+            else:
+                answered(answer)
+            done.set()
+
+        text = b"null" if isinstance(data, BrokerError) else data
+        link.call(messages.Join(call_id, *group, item_id, text), call_id, joined)
+        await done.wait()
+
+    async def _perform(self, group: Group, call: StreamCall) -> bytes | None:
+        """Do the worker's part, then the shard's.
+
+        Raises:
+            BrokerError: what the caller is told.
+        """
+        match call:
+            case messages.Get() if self.serves(group.stream, "get"):
+                return _passed_on_or_raise(await self._invoke("get", group, call.item_id, {}))
+            case messages.List() if self.serves(group.stream, "list"):
+                return _passed_on_or_raise(await self._invoke("list", group, None, {}))
+            case messages.Set() if self.serves(group.stream, "set"):
+                return await self._set(group, call.item_id, call.data, b"")
+            case messages.Delete() if self.serves(group.stream, "delete"):
+                return await self._delete(group, call.item_id)
+            case messages.Update() if self.serves(group.stream, "update"):
+                ops = await self._ask_reply(group, messages.CheckOps(0, call.ops))
+                result = await self._invoke("update", group, call.item_id, {"ops": Raw(ops)})
+                stored = _stored(result, "STREAM_UPDATE_ERROR", "Failed to update value")
+                return await self._publish_stored(group, call.item_id, stored)
+            case messages.Update() if self._has_get_and_set(group.stream):
+                return await self._update(group, call.item_id, call.ops)
+            case _:
+                return (await self._ask(group, call)).result
+
+    def _has_get_and_set(self, stream: str) -> bool:
+        return self.serves(stream, "get") and self.serves(stream, "set")
+
+    async def _set(self, group: Group, item_id: str, data: bytes, errors: bytes) -> bytes:
+        result = await self._invoke("set", group, item_id, {"data": Raw(data)})
+        stored = _stored(result, "STREAM_SET_ERROR", "Failed to set value")
+        if errors:
+            stored.errors = Raw(errors)
+        return await self._publish_stored(group, item_id, stored)
+
+    async def _delete(self, group: Group, item_id: str) -> bytes:
+        result = await self._invoke("delete", group, item_id, {})
+        text = _result_text(result, "STREAM_DELETE_ERROR", "Failed to delete value")
+        old = bytes(_converted(text, _Deleted).old_value)
+        if old != b"null":
+            await self._ask(group, messages.Publish(0, *group, item_id, "delete", old))
+        return b'{"old_value":' + old + b"}"
+
+    async def _update(self, group: Group, item_id: str, ops: bytes) -> bytes:
+        """An update of a stream whose worker has get and set, but no update."""
+        ops = await self._ask_reply(group, messages.CheckOps(0, ops))
+        result = await self._invoke("get", group, item_id, {})
+        if result.error is not None:
+            raise _wrapped(result.error, "STREAM_UPDATE_ERROR", "Failed to update value")
+        current = result.result if result.result != b"null" else None
+        reply = await self._ask_reply(group, messages.ApplyOps(0, current, ops))
+        applied = msgspec.json.decode(reply, type=dict[str, Raw])
+        errors = bytes(applied.get("errors", Raw(b"")))
+        return await self._set(group, item_id, bytes(applied["new_value"]), errors)
+
+    async def _publish_stored(self, group: Group, item_id: str, stored: _Stored) -> bytes:
+        old, new = bytes(stored.old_value), bytes(stored.new_value)
+        kind = "create" if old == b"null" else "update"
+        await self._ask(group, messages.Publish(0, *group, item_id, kind, new))
+        errors = bytes(stored.errors)
+        tail = b"" if errors == b"null" else b',"errors":' + errors
+        return b'{"old_value":' + old + b',"new_value":' + new + tail + b"}"
+
+    async def _invoke(
+        self, function: str, group: Group, item_id: str | None, more: dict[str, Raw]
+    ) -> Result:
+        fields: dict[str, object] = {"stream_name": group.stream, "group_id": group.group_id}
+        if item_id is not None:
+            fields["item_id"] = item_id
+        return await self._invocations.call(
+            _function_id(function, group.stream), _encode(fields | more), TIMEOUT_S
+        )
+
+    async def _ask(self, group: Group, call: _ShardCall) -> Reply:
+        """Ask the shard that owns the group.
+
+        Raises:
+            BrokerError: its answer.
+        """
+        link = self._links.of(group)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        call.call_id = link.next_call_id()
+        link.call(call, call.call_id, future.set_result)
+        answer = await future
+        if isinstance(answer, BrokerError):
+            raise answer
+        assert isinstance(answer, Reply), "what these calls are answered with"
+        return answer
+
+    async def _ask_reply(self, group: Group, call: _ShardCall) -> bytes:
+        answer = await self._ask(group, call)
+        assert answer.result is not None, "these calls have results"
+        return answer.result
+
+
+_ShardCall = StreamCall | messages.Publish | messages.CheckOps | messages.ApplyOps
+
+
+def _function_id(function: str, stream: str) -> str:
+    return f"stream::{function}({stream})"
+
+
+def _passed_on(result: Result) -> bytes | BrokerError | None:
+    """What the worker answered, unchanged."""
+    if result.error is None:
+        return result.result
+    error = _read_error(result.error)
+    return BrokerError(error.code, error.message)
+
+
+def _passed_on_or_raise(result: Result) -> bytes | None:
+    answer = _passed_on(result)
+    if isinstance(answer, BrokerError):
+        raise answer
+    return answer
+
+
+def _stored(result: Result, code: str, what: str) -> _Stored:
+    return _converted(_result_text(result, code, what), _Stored)
+
+
+def _result_text(result: Result, code: str, what: str) -> bytes:
+    if result.error is not None:
+        raise _wrapped(result.error, code, what)
+    if result.result is None:
+        raise BrokerError(code, f"{what}: Function returned no result")
+    return result.result
+
+
+def _converted(text: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as error:
+        reason = str(error).replace("Object missing required field", "missing field")
+        raise InvalidRequest("JSON_ERROR", f"Failed to convert result to value: {reason}") from None
+
+
+def _wrapped(error: bytes, code: str, what: str) -> BrokerError:
+    fault = _read_error(error)
+    return BrokerError(code, f"{what}: Failed to invoke function: {fault.code}: {fault.message}")
+
+
+class _WorkerError(Struct):
+    code: str = "UNKNOWN"
+    message: str = ""
+
+
+def _read_error(error: bytes) -> _WorkerError:
+    try:
+        return msgspec.json.decode(error, type=_WorkerError)
+    except msgspec.ValidationError:
+        return _WorkerError(message=error.decode())
