@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 
 from broker.names import Group
 
 
+@lru_cache(maxsize=65536)
 def shard_of(group: Group, shards: int) -> int:
     """The index, from 0, of the shard that owns `group` when there are `shards` of them.
 

@@ -27,6 +27,7 @@ from broker.errors import ConfigError
 
 CONFIG_EXIT_CODE = 2
 BACKLOG = 4096
+_GC_THRESHOLD = 50_000
 
 _log = logs.Log("service")
 
@@ -57,6 +58,7 @@ class Service:
         if self._supervised:
             print(msgspec.json.encode(ready).decode(), flush=True)
         gc.freeze()  # what start-up made lives as long as the process
+        gc.set_threshold(_GC_THRESHOLD)  # few cycles are made, many objects are
 
     def crash(self, reason: str) -> None:
         """Stop with an exit code that makes whoever supervises start the process again."""

@@ -86,15 +86,12 @@ class CustomStreams:
             return False
         return self._functions.find("default", _function_id(function, stream)) is not None
 
-    def takes(self, stream: str, group_id: str) -> bool:
+    def takes(self, group: Group) -> bool:
         """Whether operations on the group have to come here."""
-        return (bool(self._functions.custom) and stream in self._functions.custom) or (
-            bool(self._queues) and Group(stream, group_id) in self._queues
-        )
+        return group.stream in self._functions.custom or group in self._queues
 
-    def call(self, call: StreamCall, answered: Answered) -> None:
+    def call(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Make a call on a group, after those before it."""
-        group = Group(call.stream, call.group_id)
 
         async def work() -> None:
             try:

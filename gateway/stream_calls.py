@@ -93,21 +93,21 @@ class StreamCalls:
         i = _decode(_set_decoder, "set", data)
         group = self._group(i.stream_name, i.group_id)
         check_name("item_id", i.item_id, self._name_bytes_max)
-        self._ask(messages.Set(0, *group, i.item_id, bytes(i.data)), answered)
+        self._ask(group, messages.Set(0, *group, i.item_id, bytes(i.data)), answered)
 
     def _get(self, data: bytes, answered: Answered) -> None:
         group, item_id = self._item("get", data)
-        self._ask(messages.Get(0, *group, item_id), answered)
+        self._ask(group, messages.Get(0, *group, item_id), answered)
 
     def _delete(self, data: bytes, answered: Answered) -> None:
         group, item_id = self._item("delete", data)
-        self._ask(messages.Delete(0, *group, item_id), answered)
+        self._ask(group, messages.Delete(0, *group, item_id), answered)
 
     def _update(self, data: bytes, answered: Answered) -> None:
         i = _decode(_update_decoder, "update", data)
         group = self._group(i.stream_name, i.group_id)
         check_name("item_id", i.item_id, self._name_bytes_max)
-        self._ask(messages.Update(0, *group, i.item_id, bytes(i.ops)), answered)
+        self._ask(group, messages.Update(0, *group, i.item_id, bytes(i.ops)), answered)
 
     def _send(self, data: bytes, answered: Answered) -> None:
         i = _decode(_send_decoder, "send", data)
@@ -115,11 +115,12 @@ class StreamCalls:
         check_name("type", i.type, self._name_bytes_max)
         if i.id is not None:
             check_name("id", i.id, self._name_bytes_max)
-        self._ask(messages.Send(0, *group, i.id, i.type, bytes(i.data)), answered)
+        self._ask(group, messages.Send(0, *group, i.id, i.type, bytes(i.data)), answered)
 
     def _list(self, data: bytes, answered: Answered) -> None:
         i = _decode(_group_decoder, "list", data)
-        self._ask(messages.List(0, *self._group(i.stream_name, i.group_id)), answered)
+        group = self._group(i.stream_name, i.group_id)
+        self._ask(group, messages.List(0, *group), answered)
 
     def _list_groups(self, data: bytes, answered: Answered) -> None:
         stream = _decode(_stream_decoder, "list_groups", data).stream_name
@@ -138,12 +139,12 @@ class StreamCalls:
         _decode(_nothing_decoder, "list_all", data)
         self._ask_all(messages.ListAll, _merged_streams, answered)
 
-    def _ask(self, call: StreamCall, answered: Answered) -> None:
+    def _ask(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Ask the shard that owns the group, or the worker that stores the stream."""
-        if self._custom.takes(call.stream, call.group_id):
-            self._custom.call(call, answered)
+        if self._custom.takes(group):
+            self._custom.call(group, call, answered)
         else:
-            link = self._links.of(Group(call.stream, call.group_id))
+            link = self._links.of(group)
             call.call_id = link.next_call_id()
             link.call(call, call.call_id, _passing(answered))
 

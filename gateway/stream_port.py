@@ -273,8 +273,11 @@ class Client:
 
     def _subscribe(self, data: wire.JoinData) -> None:
         self._port.joins_total["accepted"] += 1
-        earlier = self._subscriptions.pop(data.subscription_id, None)
         group = Group(data.stream_name, data.group_id)
+        earlier = self._subscriptions.get(data.subscription_id)
+        if earlier is not None and (earlier.group, earlier.item_id) == (group, data.id):
+            self.sync(earlier)  # it stays as it is and misses nothing meanwhile
+            return
         subscription = Subscription(self, data.subscription_id, group, data.id)
         self._port.hub.add(subscription)
         self._subscriptions[data.subscription_id] = subscription
@@ -306,7 +309,7 @@ class Client:
         if subscription.state is State.BEHIND:
             subscription.state = State.JOINING
         answered = partial(self._synced, subscription)
-        if self._port.custom.takes(*subscription.group):
+        if self._port.custom.takes(subscription.group):
             self._port.custom.join(subscription.group, subscription.item_id, answered)
             return
         link = self._port.links.of(subscription.group)

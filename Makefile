@@ -1,0 +1,41 @@
+# make setup | run | test | lint | bench; every target sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test lint bench
+
+setup: .venv/.installed
+
+run: setup
+	$(BIN)/broker serve
+
+test: .venv/.installed-dev lint
+	tests/setup/system.sh
+	PYTHON=$(PYTHON) tests/setup/python_sdk_tests.sh
+	tests/setup/node.sh
+	tests/setup/rust.sh
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench.set_throughput
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "venv is missing: on Debian, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.lock pyproject.toml | .venv/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/.installed-dev: requirements-dev.lock .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	touch $@
