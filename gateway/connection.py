@@ -20,6 +20,7 @@ from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
+from gateway.frames import FrameSplitter
 from gateway.websocket import text_frame
 
 WRITE_HIGH_WATER_BYTES = 64 * 1024
@@ -50,6 +51,9 @@ class Port(Protocol):
 
     def connected(self, connection: Connection) -> None: ...
 
+    def send_soon(self, connection: Connection) -> None:
+        """Have the connection flushed at the end of this turn of the loop."""
+
     def request_received(self, connection: Connection, request: Request) -> None: ...
 
     def disconnected(self, connection: Connection) -> None: ...
@@ -74,6 +78,8 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self._control_bytes = 0
         self._answered = False
+        self._early = False
+        self._splitter: FrameSplitter | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self.waiting_bytes = 0
         self.request: Request | None = None
@@ -100,6 +106,10 @@ class Connection(asyncio.Protocol):
         self._protocol.send_response(self._acceptance)
         self._write_protocol_data()
         self._out = self._transport
+        if not self._early:  # else the library may be in the middle of a frame
+            self._splitter = FrameSplitter(
+                self._take_message, self._for_library, self._port.message_bytes_max
+            )
         self._transport.resume_reading()
 
     def check_handshake(self) -> Response | None:
@@ -124,20 +134,31 @@ class Connection(asyncio.Protocol):
         self.respond(response)
 
     def send(self, frame: bytes) -> bool:
-        """Send a prepared frame, or let it wait.
+        """Send a prepared frame with what else this turn of the loop sends, or let it wait.
 
-        Returns False, and takes nothing, when more would wait than is allowed.
+        Returns False, and takes nothing, when the socket is full and more would wait than is
+        allowed.
         """
         if self._out is None:
             return True  # closing: nobody will miss it
-        if not self._write_paused:
-            self._out.write(frame)
-            return True
-        if self.waiting_bytes + len(frame) > self._port.send_queue_bytes_max:
+        size = len(frame)
+        if self._write_paused and self.waiting_bytes + size > self._port.send_queue_bytes_max:
             return False
+        if not self._waiting:
+            self._port.send_soon(self)
         self._waiting.append(frame)
-        self.waiting_bytes += len(frame)
+        self.waiting_bytes += size
         return True
+
+    def flush(self) -> None:
+        """Write what one turn of the loop sent, joined; it waits while the socket is full."""
+        if self._write_paused or self._out is None or not self._waiting:
+            return
+        waiting = self._waiting
+        data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+        waiting.clear()
+        self.waiting_bytes = 0
+        self._out.write(data)
 
     def send_text(self, payload: bytes) -> bool:
         """Send one text message; see `send`."""
@@ -158,6 +179,7 @@ class Connection(asyncio.Protocol):
             if self._peer is None:
                 self.abort()
             return
+        self.flush()
         self.drop_waiting()
         self._out = None
         self._protocol.send_close(code, reason)
@@ -196,8 +218,17 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received_at = self._now()
         self.bytes_received += len(data)
+        if self._splitter is not None:
+            self._splitter.receive_data(data)
+            return
+        self._early = self.request is not None or not data.endswith(b"\r\n\r\n")
         self._protocol.receive_data(data)
         self._take_events()
+
+    def _for_library(self, data: bytes) -> bool:
+        self._protocol.receive_data(data)
+        self._take_events()
+        return self._protocol.current_size is None and self._protocol.state is OPEN
 
     def eof_received(self) -> bool:
         self._protocol.receive_eof()
@@ -221,6 +252,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._out = None
+        if self._splitter is not None:
+            self._splitter.closed = True
+            self._splitter = None
         self.drop_waiting()
         if self._close_timer is not None:
             self._close_timer.cancel()

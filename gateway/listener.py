@@ -36,13 +36,15 @@ class Listener(ABC):
         self.connections_total = 0
         self.refused_total: dict[str, int] = {}
         self.dead_total = 0
-        self._now: Callable[[], float] = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._now: Callable[[], float] = self._loop.time
+        self._unflushed: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._pinged: dict[Connection, float] = {}
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a listening socket."""
-        self._server = await asyncio.get_running_loop().create_server(
+        self._server = await self._loop.create_server(
             partial(Connection, self, self._now), sock=listener
         )
 
@@ -85,6 +87,16 @@ class Listener(ABC):
         self.connections.add(connection)
         if self.stopping or len(self.connections) > self.limits.connections_max:
             connection.abort()
+
+    def send_soon(self, connection: Connection) -> None:
+        if not self._unflushed:
+            self._loop.call_soon(self._flush)
+        self._unflushed.append(connection)
+
+    def _flush(self) -> None:
+        unflushed, self._unflushed = self._unflushed, []
+        for connection in unflushed:
+            connection.flush()
 
     def disconnected(self, connection: Connection) -> None:
         self.connections.discard(connection)
