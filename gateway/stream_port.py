@@ -335,7 +335,10 @@ class Client:
             other.subscriber.sync(other)
 
     def _sync_failed(self, subscription: Subscription, error: BrokerError) -> None:
-        subscription.state = State.BEHIND
+        if subscription.state is State.LIVE:
+            self._port.hub.behind(subscription)
+        else:
+            subscription.state = State.BEHIND
         self._tell_error(subscription, error)
         if not isinstance(error, ShardUnavailable):  # else: when the shard is linked again
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)

@@ -354,8 +354,9 @@ def _group_row(group: GroupState) -> GroupRow:
 
 
 def _reads_whole(operation: Operation) -> bool:
-    match operation:
-        case messages.List() | messages.Join(item_id=None, data=None):
-            return True
-        case _:
-            return False
+    kind = type(operation)
+    return kind is messages.List or (
+        isinstance(operation, messages.Join)
+        and operation.item_id is None
+        and operation.data is None
+    )

@@ -233,7 +233,8 @@ class Writing:
             if "error" in answer:  # it was killed
                 return
             self.acknowledged[group, item_id] = number
-            once = item("k", group, f"{item_id}-{number}", data={"id": item_id, "n": 0})
+            name = f"{item_id}-{number}"
+            once = item("k", group, name, data={"id": name, "n": 0})
             if number % 10 == 0 and "result" in await worker.call("stream::set", once, LONG_S):
                 names = item("k", group, once["item_id"])
                 if "result" in await worker.call("stream::delete", names, LONG_S):

@@ -243,14 +243,14 @@ class HubMachine(RuleBasedStateMachine):
         self.seqs = dict.fromkeys(GROUPS, 0)
         self.items: dict[tuple[Group, int], str | None] = {}
         self.link: deque[Event | tuple[Subscription, int]] = deque()
-        self.read = dict.fromkeys(GROUPS, 0)  # up to which event the gateway is
-        self.lost: set[Group] = set()
+        self.read = dict.fromkeys(GROUPS, 0)  # seq of the last event that the gateway read
         self.lives: list[dict[str, Any]] = []
 
     # What the parts around the hub do.
 
     def ask_sync(self, subscription: Subscription) -> None:
-        subscription.state = State.JOINING
+        if subscription.state is State.BEHIND:
+            subscription.state = State.JOINING
         self.link.append((subscription, self.seqs[subscription.group]))
 
     def end_lives(self) -> None:
@@ -259,7 +259,6 @@ class HubMachine(RuleBasedStateMachine):
             live = life["subscription"].state is State.LIVE and not life["left"]
             if life["end"] is None and not live:
                 life["end"] = len(life["client"].log)
-                life["seq_end"] = None
 
     def leave_one(self, subscription: Subscription) -> None:
         client = subscription.subscriber
@@ -288,6 +287,13 @@ class HubMachine(RuleBasedStateMachine):
         if subscriptions:
             self.leave_one(subscriptions[which % len(subscriptions)])
 
+    @rule(client=st.integers(0, 2), which=st.integers(0, 9))
+    def join_again(self, client: int, which: int) -> None:
+        """With the same id: what is live stays so, and gets another sync."""
+        subscriptions = self.clients[client].subscriptions
+        if subscriptions:
+            self.ask_sync(subscriptions[which % len(subscriptions)])
+
     @rule(client=st.integers(0, 2))
     def close(self, client: int) -> None:
         for subscription in list(self.clients[client].subscriptions):
@@ -310,6 +316,7 @@ class HubMachine(RuleBasedStateMachine):
         for _ in range(min(count, len(self.link))):
             message = self.link.popleft()
             if isinstance(message, Event):
+                self.read[Group(message.stream, message.group_id)] = message.seq
                 behind = self.hub.publish(message)
             else:
                 behind = self.take_sync(*message)
@@ -325,6 +332,9 @@ class HubMachine(RuleBasedStateMachine):
         if subscription not in client.subscriptions:
             return []
         behind = self.hub.synced(subscription, seq)
+        for life in self.lives:  # its own gap, when it was live: a new life at once
+            if life["subscription"] is subscription in behind and life["end"] is None:
+                life["end"] = len(client.log)
         if client.stalled:
             client.fell_behind()
             return behind
@@ -342,8 +352,12 @@ class HubMachine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
+        """Afterwards who is live has all that the gateway read."""
         self.hub.flush()
         self.end_lives()
+        for life in self.lives:
+            if life["end"] is None:
+                self.check(life, self.read[life["subscription"].group])
 
     @rule(client=st.integers(0, 2))
     def stall(self, client: int) -> None:
@@ -367,16 +381,21 @@ class HubMachine(RuleBasedStateMachine):
     @invariant()
     def each_live_subscription_got_what_came_after_its_sync(self) -> None:
         for life in self.lives:
-            subscription = life["subscription"]
             log = life["client"].log[life["start"] + 1 : life["end"]]
-            got = [e[3] for e in log if e[0] != "sync" and self.is_for(subscription, e)]
-            last = max([e[3] for e in log if e[:2] == [*subscription.group]], default=life["seq"])
-            expected = [
-                seq
-                for seq in range(life["seq"] + 1, last + 1)
-                if subscription.item_id in (None, self.items[subscription.group, seq])
-            ]
-            assert got == expected, (life, log)
+            group = [*life["subscription"].group]
+            self.check(life, max([e[3] for e in log if e[:2] == group], default=life["seq"]))
+
+    def check(self, life: dict[str, Any], last: int) -> None:
+        """The subscription got exactly its events from its sync to `last`."""
+        subscription = life["subscription"]
+        log = life["client"].log[life["start"] + 1 : life["end"]]
+        got = [e[3] for e in log if e[0] != "sync" and self.is_for(subscription, e)]
+        expected = [
+            seq
+            for seq in range(life["seq"] + 1, last + 1)
+            if subscription.item_id in (None, self.items[subscription.group, seq])
+        ]
+        assert got == expected, (life, log)
 
     def is_for(self, subscription: Subscription, entry: list[Any]) -> bool:
         same = tuple(entry[:2]) == tuple(subscription.group)
