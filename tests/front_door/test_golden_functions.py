@@ -191,6 +191,7 @@ CUSTOM_INSTEAD: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
 # Reading fails: the client is told (protocol section 5.3) before any event of the group.
 READING_FAILS = "join when list fails: no sync, subscription stands"
 
+
 @pytest.mark.parametrize("name", CUSTOM)
 def test_custom_stream(name: str, memory_broker: Broker, run: Run) -> None:
     assert CUSTOM_INSTEAD.keys() <= CUSTOM.keys()
