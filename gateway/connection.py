@@ -97,11 +97,14 @@ class Connection(asyncio.Protocol):
         """Whether messages can be sent."""
         return self._out is not None
 
-    def accept(self, peer: Peer) -> None:
-        """Complete the handshake; messages go to `peer` from now on."""
+    def accept(self, peer: Peer) -> bool:
+        """Complete the handshake; messages go to `peer` from now on.
+
+        False: the connection was lost meanwhile, `peer` will never hear of it.
+        """
         assert self._acceptance is not None, "accepted before the request was checked"
         if self._transport is None:
-            return
+            return False
         self._peer = peer
         self._protocol.send_response(self._acceptance)
         self._write_protocol_data()
@@ -111,6 +114,7 @@ class Connection(asyncio.Protocol):
                 self._take_message, self._for_library, self._port.message_bytes_max
             )
         self._transport.resume_reading()
+        return True
 
     def check_handshake(self) -> Response | None:
         """What a request that is no proper WebSocket upgrade has to be answered with, or None."""
@@ -290,7 +294,7 @@ class Connection(asyncio.Protocol):
 
     def _take_message(self, text: bytes) -> None:
         self.messages_received += 1
-        if self._peer is not None:
+        if self._peer is not None and self._out is not None:  # not while closing
             self._peer.message_received(text)
 
     def _write_protocol_data(self) -> None:

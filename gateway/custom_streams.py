@@ -20,6 +20,7 @@ from broker import messages
 from broker.errors import BrokerError, InvalidRequest, LimitExceeded
 from broker.messages import Reply, Synced
 from broker.names import Group
+from broker.tasks import Tasks
 from gateway.functions import Functions
 from gateway.invocations import Executor, Invocations, Result
 from gateway.shard_links import Answer, ShardLinks
@@ -72,7 +73,7 @@ class CustomStreams:
         self._invocations = invocations
         self._links = links
         self._queues: dict[Group, deque[_Work]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.refused_total = 0
 
     @property
@@ -128,9 +129,7 @@ class CustomStreams:
         queue = self._queues.get(group)
         if queue is None:
             queue = self._queues[group] = deque()
-            task = asyncio.get_running_loop().create_task(self._run(group, queue))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._run(group, queue))
         elif len(queue) >= WAITING_MAX:
             self.refused_total += 1
             refused(

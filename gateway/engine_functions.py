@@ -6,7 +6,7 @@ Protocol sections 4.5 and 4.6.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -116,14 +116,18 @@ _Input = TypeVar("_Input")
 
 
 class EngineFunctions:
-    """Answers `engine::*` calls from what the gateway knows."""
+    """Answers `engine::*` calls from what the gateway knows.
+
+    Args:
+        workers: the connected workers by their ids; read at each call.
+    """
 
     def __init__(
         self,
         functions: Functions[Executor],
         invocations: Invocations,
         triggers: Triggers,
-        workers: Callable[[], dict[str, WorkerInfo]],
+        workers: Mapping[str, WorkerInfo],
     ) -> None:
         self._functions = functions
         self._invocations = invocations
@@ -193,7 +197,7 @@ class EngineFunctions:
 
     def _workers_list(self, function_id: str, data: bytes) -> _Fields:
         query = _decode(function_id, data, _List)
-        workers = [self._worker(info) for info in self._workers().values() if "pid" in info.fields]
+        workers = [self._worker(info) for info in self._workers.values() if "pid" in info.fields]
         workers.append(_engine_worker())
         needle = (query.search or "").lower()
         return {
@@ -211,7 +215,7 @@ class EngineFunctions:
 
     def _workers_info(self, function_id: str, data: bytes) -> _Fields:
         query = _decode(function_id, data, _WorkerInfo)
-        for info in self._workers().values():
+        for info in self._workers.values():
             if info.name == query.name:
                 break
         else:
@@ -396,7 +400,7 @@ class EngineFunctions:
         }
 
     def _worker_name(self, worker: Executor) -> str | None:
-        info = self._workers().get(worker.worker_id)
+        info = self._workers.get(worker.worker_id)
         return info.name if info is not None else None
 
     def _owner_name(

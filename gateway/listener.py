@@ -59,6 +59,7 @@ class Listener(ABC):
         self.stop_listening()
         for connection in list(self.connections):
             if connection.open:
+                connection.resume_reading()  # for the answer to the close frame
                 connection.close(CloseCode.GOING_AWAY, reason)
             else:
                 connection.abort()
@@ -66,10 +67,12 @@ class Listener(ABC):
             await asyncio.sleep(0.01)
 
     def stop_listening(self) -> None:
-        """Take no more connections."""
+        """Take no more connections, and nothing more from those that are open."""
         self.stopping = True
         if self._server is not None:
             self._server.close()
+        for connection in self.connections:
+            connection.pause_reading()
 
     def refuse(self, connection: Connection, status: int, text: str, outcome: str) -> None:
         """Answer a request with an error and count it."""

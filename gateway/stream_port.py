@@ -22,6 +22,7 @@ from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest, LimitExceeded, ShardUnavailable
 from broker.messages import Event, Synced
 from broker.names import Group, check_name
+from broker.tasks import Tasks
 from gateway import stream_protocol as wire
 from gateway.auth import Auth, Outcome
 from gateway.connection import Connection, plain_response
@@ -69,7 +70,7 @@ class StreamPort(Listener):
         self.links = links
         self.custom = custom
         self._not_ready = not_ready
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Tasks()
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
         self.bad_messages_total = 0
         self.behind_total = 0
@@ -93,13 +94,7 @@ class StreamPort(Listener):
         elif self.auth.function_id is None:
             Client(self, connection, b"null").start(joined)
         else:
-            self.run(self._ask_auth(connection, request, joined))
-
-    def run(self, work: asyncio._CoroutineLike[None]) -> None:
-        """Run `work` beside everything else."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self.tasks.start(self._ask_auth(connection, request, joined))
 
     async def _ask_auth(
         self, connection: Connection, request: Request, joined: tuple[Group, str | None] | None
@@ -172,8 +167,8 @@ class Client:
         if joined is not None:
             group, item_id = joined
             self._inbox.append(wire.JoinData(str(uuid.uuid4()), *group, item_id))
-        self._connection.accept(self)
-        self._handle_inbox()
+        if self._connection.accept(self):
+            self._handle_inbox()
 
     # Subscriber.
 
@@ -253,7 +248,7 @@ class Client:
             return
         self._handling = True
         self._connection.pause_reading()
-        self._port.run(self._ask_triggers(data))
+        self._port.tasks.start(self._ask_triggers(data))
 
     async def _ask_triggers(self, data: wire.JoinData) -> None:
         allowed = await self._port.triggers.may_join(

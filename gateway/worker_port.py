@@ -59,14 +59,11 @@ class WorkerPort(Listener):
         self.triggers = triggers
         self.stream_calls = stream_calls
         self.workers: dict[str, Worker] = {}
-        self.engine = EngineFunctions(functions, invocations, triggers, self.worker_infos)
+        self.infos: dict[str, WorkerInfo] = {}
+        self.engine = EngineFunctions(functions, invocations, triggers, self.infos)
         self.availability = Availability(triggers, self.engine.all_functions)
         self.undecodable_total = 0
         self.messages_total = 0
-
-    def worker_infos(self) -> dict[str, WorkerInfo]:
-        """What is known of the connected workers, by their ids."""
-        return {worker_id: worker.info for worker_id, worker in self.workers.items()}
 
     def request_received(self, connection: Connection, request: Request) -> None:
         path = request.path.partition("?")[0]
@@ -114,8 +111,10 @@ class Worker:
 
     def start(self) -> None:
         """Greet the worker: it may send from now on."""
+        if not self._connection.accept(self):
+            return
         self._port.workers[self.worker_id] = self
-        self._connection.accept(self)
+        self._port.infos[self.worker_id] = self.info
         self.send(wire.worker_registered(self.worker_id, self._token))
         self._port.availability.worker("worker_connected", self.worker_id)
         _log.info("worker_connected", id=self.worker_id, remote=self._connection.remote_address)
@@ -327,6 +326,7 @@ class Worker:
         self._gone = True
         port = self._port
         del port.workers[self.worker_id]
+        del port.infos[self.worker_id]
         port.functions.remove_worker(self)
         port.invocations.remove_worker(self)
         port.triggers.remove_worker(self)

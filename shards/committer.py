@@ -13,6 +13,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from broker.errors import StorageError
+from broker.tasks import Tasks
 from shards.group import Operation
 from shards.storage.base import Settled, Storage
 
@@ -53,7 +54,7 @@ class Committer(Generic[T]):
         self._settle = settle
         self._lanes: dict[str, _Lane[T]] = {}
         self._ready: list[_Lane[T]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.waiting = 0
         self.batches_total = 0
         self.operations_total = 0
@@ -97,9 +98,7 @@ class Committer(Generic[T]):
             entry = lane.waiting[0]
             if not isinstance(entry, tuple):
                 lane.waiting.popleft()
-                task = asyncio.get_running_loop().create_task(self._answer_groups(lane, entry))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._tasks.start(self._answer_groups(lane, entry))
                 return
             batch = lane.take()
             self.batches_total += 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import assert_never
 
 import msgspec
@@ -13,6 +11,7 @@ from broker.errors import BrokerError, StorageError
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
 from broker.names import Group
+from broker.tasks import Tasks
 from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, sync_payload
@@ -49,7 +48,7 @@ class Requests:
         self.triggers = Triggers[GatewayLink]()
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.events_total = 0
         self.triggers_fired_total = 0
         self.failures_total: dict[str, int] = {}
@@ -98,10 +97,10 @@ class Requests:
                     self._not_interested(link, group)
             case messages.ListGroups():
                 self._count_call(message)
-                self._start(self._list_groups(link, message))
+                self._tasks.start(self._list_groups(link, message))
             case messages.ListAll():
                 self._count_call(message)
-                self._start(self._list_all(link, message))
+                self._tasks.start(self._list_all(link, message))
             case messages.CheckOps():
                 self._check_ops(link, message)
             case messages.ApplyOps():
@@ -219,11 +218,6 @@ class Requests:
             if outcome.errors:
                 result["errors"] = outcome.errors
             link.send(Reply(call.call_id, msgspec.json.encode(result)))
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
         self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1

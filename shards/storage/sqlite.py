@@ -22,6 +22,7 @@ from broker import messages
 from broker.clock import Clock
 from broker.errors import ConfigError, LimitExceeded, StorageError
 from broker.names import file_name, stream_of_file_name
+from broker.tasks import Tasks
 from shards.group import (
     ITEM_OVERHEAD_BYTES,
     Change,
@@ -105,7 +106,7 @@ class SqliteStorage:
         )  # size, longest unused first
         self.cached_bytes = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def open(self) -> None:
         try:
@@ -117,17 +118,14 @@ class SqliteStorage:
             ) from None
 
     async def close(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.wait()
         for stream in self._streams.values():
             if stream.file is not None:
                 await self._in_thread(stream.file.close)
         self._threads.shutdown()
 
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
-        task = asyncio.get_running_loop().create_task(self._execute(stream, operations, settle))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._execute(stream, operations, settle))
 
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
@@ -289,6 +287,7 @@ class SqliteStorage:
         finally:
             state.busy = False
             self._drop_if_unused(state)
+            self._trim()
 
     def _forget(self, state: _Stream) -> None:
         """Drop what memory holds of the stream; the next operation reads the disk."""
@@ -304,11 +303,11 @@ class SqliteStorage:
         return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
 
     def _account(self, state: _Stream, group_ids: set[str]) -> None:
-        """Count what the groups hold now, and forget the longest unused beyond the limit."""
+        """Count what the groups hold now."""
         for group_id in group_ids:
             group = state.groups[group_id]
             size = self._size(group)
-            if group.complete and size > self._large_bytes:
+            if group.complete and group.count and size > self._large_bytes:
                 group.complete = False
             if not group.complete:
                 group.items = {}
@@ -317,6 +316,9 @@ class SqliteStorage:
             self.cached_bytes += size - self._cached.get(key, 0)
             self._cached[key] = size
             self._cached.move_to_end(key)
+
+    def _trim(self) -> None:
+        """Forget the longest unused groups beyond the limit, but for those in use."""
         for _ in range(len(self._cached)):
             if self.cached_bytes <= self._cache_bytes_max:
                 return

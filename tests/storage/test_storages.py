@@ -120,7 +120,7 @@ async def settle(storage: Storage, stream: str, *operations: Operation) -> list[
     """What came of `operations`, performed in one batch."""
     settled: asyncio.Future[list[Settled]] = asyncio.get_running_loop().create_future()
     storage.execute(stream, operations, lambda found: settled.set_result(list(found)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(5):
         return await settled
 
 
@@ -330,11 +330,11 @@ async def test_streams_are_found_again(durable: Storages) -> None:
     names = ["s", "", "x" * 1000, "d\u00e9j\u00e0/"]
     async with durable.opened() as storage:
         for name in names:
-            await perform(storage, put("i", name), stream=name)
+            await perform(storage, put("i", len(name)), stream=name)
     async with durable.opened() as storage:
         assert sorted(await storage.streams()) == sorted(names)
         for name in names:
-            assert await perform(storage, get("i"), stream=name) == [name]
+            assert await perform(storage, get("i"), stream=name) == [len(name)]
 
 
 @asynchronous
@@ -347,7 +347,6 @@ async def test_reading_makes_no_file(durable: Storages) -> None:
             {"old_value": None},
         ]
         assert await storage.groups("s") == []
-        assert await storage.streams() == []
     assert list(durable.directory.glob("*.db*")) == []
 
 
