@@ -50,6 +50,8 @@ class Link(asyncio.Protocol, Generic[M]):
         self._transport: asyncio.Transport | None = None
         self._waiting: list[Message] = []
         self._lost_reason = "the connection was lost"
+        self.half_full = False
+        """Whether more than half of what may wait does; checked when something is written."""
         self.bytes_received = 0
         self.bytes_sent = 0
 
@@ -96,6 +98,7 @@ class Link(asyncio.Protocol, Generic[M]):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self.half_full = False
         if self._pause_when_full and self._transport is not None:
             self._transport.resume_reading()
 
@@ -120,5 +123,7 @@ class Link(asyncio.Protocol, Generic[M]):
             return
         self.bytes_sent += len(frame)
         self._transport.write(frame)
-        if self.queue_bytes > self._queue_bytes_max + len(frame):
+        waiting = self.queue_bytes
+        self.half_full = waiting > max(self._queue_bytes_max // 2, _HIGH_WATER_BYTES)
+        if waiting > self._queue_bytes_max + len(frame):
             self.cut(f"the peer left more than {self._queue_bytes_max} bytes unread")

@@ -23,15 +23,12 @@ from broker.names import Group
 from broker.tasks import Tasks
 from gateway.functions import Functions
 from gateway.invocations import Executor, Invocations, Result
-from gateway.shard_links import Answer, ShardLinks
+from gateway.shard_links import Answer, Answered, ShardLinks
 
 WAITING_MAX = 1000
 """Operations of one group that wait for the worker; past it calls are refused."""
 TIMEOUT_S = 30.0
 """For one answer of the worker: the SDKs' own limit on a call."""
-
-Answered = Callable[[bytes | BrokerError | None], None]
-"""Given the JSON text of the result, None for no result, or an error."""
 
 StreamCall = (
     messages.Get | messages.Set | messages.Delete | messages.Update | messages.Send | messages.List
@@ -100,7 +97,7 @@ class CustomStreams:
             except BrokerError as error:
                 answered(error)
             else:
-                answered(answer)
+                answered(Reply(0, answer))
 
         self._enqueue(group, work, answered)
 
@@ -110,7 +107,7 @@ class CustomStreams:
             TIMEOUT_S,
             _function_id("list_groups", stream),
             _encode({"stream_name": stream}),
-            lambda result: answered(_passed_on(result)),
+            lambda result: answered(_as_answer(_passed_on(result))),
         )
 
     def join(
@@ -280,6 +277,10 @@ def _passed_on(result: Result) -> bytes | BrokerError | None:
         return result.result
     error = _read_error(result.error)
     return BrokerError(error.code, error.message)
+
+
+def _as_answer(answer: bytes | BrokerError | None) -> Answer:
+    return answer if isinstance(answer, BrokerError) else Reply(0, answer)
 
 
 def _passed_on_or_raise(result: Result) -> bytes | None:

@@ -133,7 +133,7 @@ class ShardLink:
         """
         if self._link is None or not self.ready:
             answered(ShardUnavailable(self.shard, "it is not linked"))
-        elif self._link.queue_bytes > self._queue_bytes_max // 2:
+        elif self._link.half_full:
             self.refused_total += 1
             answered(ShardUnavailable(self.shard, "too much waits to be sent to it"))
         else:

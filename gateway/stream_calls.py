@@ -16,11 +16,11 @@ from broker import messages
 from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
 from broker.names import Group, check_name
-from gateway.custom_streams import Answered, CustomStreams, StreamCall
-from gateway.shard_links import Answer, ShardLinks
+from gateway.custom_streams import CustomStreams, StreamCall
+from gateway.shard_links import Answer, Answered, ShardLinks
 
 
-class _Group(Struct):
+class _Group(Struct, gc=False):
     stream_name: str
     group_id: str
 
@@ -43,11 +43,11 @@ class _Send(_Group):
     id: str | None = None
 
 
-class _Stream(Struct):
+class _Stream(Struct, gc=False):
     stream_name: str
 
 
-class _Nothing(Struct):
+class _Nothing(Struct, gc=False):
     pass
 
 
@@ -75,7 +75,7 @@ class StreamCalls:
         self.calls_total = dict.fromkeys(self._functions, 0)
 
     def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
-        """Make a call; False when there is no such function.
+        """Make a call; False when there is no such function. A result comes as a `Reply`.
 
         Calls on one group take effect in the order in which they were made here.
         """
@@ -91,8 +91,7 @@ class StreamCalls:
 
     def _set(self, data: bytes, answered: Answered) -> None:
         i = _decode(_set_decoder, "set", data)
-        group = self._group(i.stream_name, i.group_id)
-        check_name("item_id", i.item_id, self._name_bytes_max)
+        group = self._group(i.stream_name, i.group_id, i.item_id)
         self._ask(group, messages.Set(0, *group, i.item_id, bytes(i.data)), answered)
 
     def _get(self, data: bytes, answered: Answered) -> None:
@@ -105,8 +104,7 @@ class StreamCalls:
 
     def _update(self, data: bytes, answered: Answered) -> None:
         i = _decode(_update_decoder, "update", data)
-        group = self._group(i.stream_name, i.group_id)
-        check_name("item_id", i.item_id, self._name_bytes_max)
+        group = self._group(i.stream_name, i.group_id, i.item_id)
         self._ask(group, messages.Update(0, *group, i.item_id, bytes(i.ops)), answered)
 
     def _send(self, data: bytes, answered: Answered) -> None:
@@ -146,7 +144,7 @@ class StreamCalls:
         else:
             link = self._links.of(group)
             call.call_id = link.next_call_id()
-            link.call(call, call.call_id, _passing(answered))
+            link.call(call, call.call_id, answered)
 
     def _ask_all(
         self,
@@ -169,7 +167,7 @@ class StreamCalls:
                 assert answer.result is not None
                 results.append(answer.result)
             if not waiting:
-                answered(failures[0] if failures else merge(results))
+                answered(failures[0] if failures else Reply(0, merge(results)))
 
         for link in self._links.links:
             call_id = link.next_call_id()
@@ -177,13 +175,15 @@ class StreamCalls:
 
     def _item(self, function: str, data: bytes) -> tuple[Group, str]:
         i = _decode(_item_decoder, function, data)
-        group = self._group(i.stream_name, i.group_id)
-        check_name("item_id", i.item_id, self._name_bytes_max)
-        return group, i.item_id
+        return self._group(i.stream_name, i.group_id, i.item_id), i.item_id
 
-    def _group(self, stream: str, group_id: str) -> Group:
-        check_name("stream_name", stream, self._name_bytes_max)
-        check_name("group_id", group_id, self._name_bytes_max)
+    def _group(self, stream: str, group_id: str, item_id: str = "") -> Group:
+        """The group, all names checked."""
+        bytes_max = self._name_bytes_max
+        if (len(stream) + len(group_id) + len(item_id)) * 4 > bytes_max:  # else none is too long
+            check_name("stream_name", stream, bytes_max)
+            check_name("group_id", group_id, bytes_max)
+            check_name("item_id", item_id, bytes_max)
         return Group(stream, group_id)
 
 
@@ -228,16 +228,3 @@ def deserialization_error(function_id: str, error: msgspec.ValidationError) -> I
     return InvalidRequest(
         "deserialization_error", f"Failed to deserialize input for {function_id}: {reason}", field
     )
-
-
-def _passing(answered: Answered) -> Callable[[Answer], None]:
-    """Passes a shard's answer to one group call on."""
-
-    def passed(answer: Answer) -> None:
-        if isinstance(answer, BrokerError):
-            answered(answer)
-        else:
-            assert isinstance(answer, Reply)
-            answered(answer.result)
-
-    return passed

@@ -20,12 +20,14 @@ from websockets.http11 import Request
 from broker import logs
 from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest
+from broker.messages import Reply
 from gateway import worker_protocol as wire
 from gateway.connection import Connection
 from gateway.engine_functions import Availability, EngineFunctions, WorkerInfo
 from gateway.functions import BUILTINS, Functions
 from gateway.invocations import Executor, Invocations, Result
 from gateway.listener import Listener
+from gateway.shard_links import Answer
 from gateway.stream_calls import StreamCalls
 from gateway.triggers import Triggers
 from gateway.websocket import text_frame
@@ -238,15 +240,15 @@ class Worker:
         else:
             self._forward(call)
 
-    def _stream_answered(
-        self, call: wire.InvokeFunction, answer: bytes | BrokerError | None
-    ) -> None:
+    def _stream_answered(self, call: wire.InvokeFunction, answer: Answer) -> None:
         self._stream_calls -= 1
-        if isinstance(answer, BrokerError):
-            self._answer_error(call, wire.error_text(answer))
+        if isinstance(answer, Reply):
+            self._answer_result(call, answer.result)
         else:
-            self._answer_result(call, answer)
-        self._read_on()
+            assert isinstance(answer, BrokerError), "only joins are answered with a sync"
+            self._answer_error(call, wire.error_text(answer))
+        if self._reading_paused:
+            self._read_on()
 
     def _read_on(self) -> None:
         if self._reading_paused and self._stream_calls <= STREAM_CALLS_MAX // 2:

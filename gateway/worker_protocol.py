@@ -19,7 +19,7 @@ InvocationId = Annotated[str, Meta(min_length=1, max_length=128)]
 Id = Annotated[str, Meta(min_length=1)]
 
 
-class _Message(Struct, tag_field="type", tag=str.lower):
+class _Message(Struct, tag_field="type", tag=str.lower, gc=False):
     """Base: the tag on the wire is the class's name in lower case."""
 
 
@@ -68,7 +68,7 @@ class TriggerRegistrationResult(_Message):
     error: Raw = NULL
 
 
-class Action(Struct):
+class Action(Struct, gc=False):
     type: str
     queue: str | None = None
 

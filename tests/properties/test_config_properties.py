@@ -23,29 +23,11 @@ scalars = st.one_of(
     st.dates(),
     st.sampled_from(["kv", "redis", "${X}", "${X:1}", "in_memory", "redis://h", "2"]),
 )
-keys = st.sampled_from(
-    [
-        "modules",
-        "workers",
-        "broker",
-        "class",
-        "name",
-        "config",
-        "adapter",
-        "port",
-        "host",
-        "auth_function",
-        "store_method",
-        "file_path",
-        "redis_url",
-        "shards",
-        "run_dir",
-        "worker",
-        "metrics",
-        "limits",
-        "name_bytes_max",
-    ]
-) | st.text(max_size=5)
+KEYS = """
+    modules workers broker class name config adapter port host auth_function store_method
+    file_path redis_url shards run_dir worker metrics limits name_bytes_max
+"""
+keys = st.sampled_from(KEYS.split()) | st.text(max_size=5)
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
