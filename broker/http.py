@@ -6,8 +6,8 @@ import asyncio
 import socket
 from contextlib import suppress
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 HEAD_BYTES_MAX = 16 * 1024
 REQUEST_TIMEOUT_S = 10.0
@@ -61,8 +61,12 @@ class MetricsServer:
             name, _, value = line.partition(":")
             if name.strip().lower() == "accept":
                 accept = value.strip()
-        encode, content_type = choose_encoder(accept)
-        answer = response("200 OK", content_type, encode(self._registry))
+        if "application/openmetrics-text" in accept:
+            content_type = openmetrics.CONTENT_TYPE_LATEST
+            body: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]
+        else:
+            content_type, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
+        answer = response("200 OK", content_type, body)
         return answer if method == "GET" else answer.split(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 

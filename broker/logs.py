@@ -52,6 +52,10 @@ class Log:
             self._logger.log(level, event, extra={_FIELDS: fields})
 
 
+class _Whole(str):
+    """A text that is not cut."""
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, process: str, log_format: LogFormat) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class _Formatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, object] = dict(getattr(record, _FIELDS, {}))
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
+            fields["exception"] = _Whole(self.formatException(record.exc_info))
         event = record.getMessage()
         if self._json:
             line = {"time": time, "level": record.levelname, "process": self._process}
@@ -76,7 +80,8 @@ class _Formatter(logging.Formatter):
 
 def _shown(value: object) -> str:
     text = str(value)
-    return text if len(text) <= _TEXT_MAX or "\n" in text else text[:_TEXT_MAX] + "…"
+    whole = len(text) <= _TEXT_MAX or isinstance(value, _Whole)
+    return text if whole else text[:_TEXT_MAX] + "…"
 
 
 def _quoted(text: str) -> str:

@@ -139,8 +139,9 @@ def listening_socket(host: str, port: int, key: str) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(key, f"can't listen on {host}:{port}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no name that could be resolved
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(key, f"can't listen on {host}:{port}: {reason}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

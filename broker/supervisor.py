@@ -66,8 +66,11 @@ class _Child:
             delay_s = min(delay_s * 2, RESTART_MAX_S)
             self.restarts += 1
             started = loop.time()
-            if await self.start() is not None:
-                _log.info("process_restarted", process=self.name)
+            try:
+                if await self.start() is not None:
+                    _log.info("process_restarted", process=self.name)
+            except OSError as error:  # no memory or processes to be had: tried again
+                _log.error("process_not_started", process=self.name, reason=error)
 
     async def stop(self, timeout_s: float) -> None:
         """End the process, with force when it takes too long."""

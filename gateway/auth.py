@@ -88,7 +88,7 @@ def _outcome_of_error(error: bytes) -> Outcome:
     """Nobody there to answer, or an answer that is a failure."""
     try:
         code = msgspec.json.decode(error, type=dict[str, object]).get("code")
-    except msgspec.ValidationError:
+    except msgspec.DecodeError:
         return Outcome.FAILED
     gone = ("function_not_found", "invocation_stopped", "timeout", "worker_overloaded")
     return Outcome.UNAVAILABLE if code in gone else Outcome.FAILED

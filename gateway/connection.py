@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         self._out: asyncio.Transport | None = None  # the transport while messages can be sent
         self._acceptance: Response | None = None
         self._peer: Peer | None = None
-        self._parts: list[bytes] = []
+        self._fragments = bytearray()
         self._waiting: deque[bytes] = deque()
         self._write_paused = False
         self._control_bytes = 0
@@ -284,13 +284,12 @@ class Connection(asyncio.Protocol):
             if frame.fin:
                 self._take_message(bytes(frame.data))
             else:
-                self._parts = [bytes(frame.data)]
+                self._fragments = bytearray(frame.data)
         elif frame.opcode is Opcode.CONT:
-            if frame.data:
-                self._parts.append(bytes(frame.data))
+            self._fragments += frame.data
             if frame.fin:
-                parts, self._parts = self._parts, []
-                self._take_message(b"".join(parts))
+                message, self._fragments = bytes(self._fragments), bytearray()
+                self._take_message(message)
 
     def _take_message(self, text: bytes) -> None:
         self.messages_received += 1

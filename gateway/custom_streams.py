@@ -305,7 +305,7 @@ def _result_text(result: Result, code: str, what: str) -> bytes:
 def _converted(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         reason = str(error).replace("Object missing required field", "missing field")
         raise InvalidRequest("JSON_ERROR", f"Failed to convert result to value: {reason}") from None
 
@@ -323,5 +323,5 @@ class _WorkerError(Struct):
 def _read_error(error: bytes) -> _WorkerError:
     try:
         return msgspec.json.decode(error, type=_WorkerError)
-    except msgspec.ValidationError:
+    except msgspec.DecodeError:
         return _WorkerError(message=error.decode())

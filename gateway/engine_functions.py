@@ -446,7 +446,7 @@ class Availability:
 def _decode(function_id: str, data: bytes, kind: type[_Input]) -> _Input:
     try:
         return msgspec.json.decode(b"{}" if data == b"null" else data, type=kind)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         raise deserialization_error(function_id, error) from None
 
 
@@ -467,7 +467,8 @@ def _is_internal(function_id: str, definition: RegisterFunction) -> bool:
     metadata = present(definition.metadata)
     if metadata is None or not metadata.startswith(b"{"):
         return False
-    return bool(msgspec.json.decode(metadata).get("internal") is True)
+    fields = msgspec.json.decode(metadata, type=dict[str, Raw])
+    return bytes(fields.get("internal", Raw())) == b"true"
 
 
 def _builtin_type(type_id: str) -> _Fields:

@@ -210,11 +210,11 @@ def _merged_streams(results: list[bytes]) -> bytes:
 def _decode(decoder: msgspec.json.Decoder[_Input], function: str, data: bytes) -> _Input:
     try:
         return decoder.decode(data)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         raise deserialization_error(f"stream::{function}", error) from None
 
 
-def deserialization_error(function_id: str, error: msgspec.ValidationError) -> InvalidRequest:
+def deserialization_error(function_id: str, error: msgspec.DecodeError) -> InvalidRequest:
     """What is told to a caller whose payload is not of the right form (section 4.3)."""
     reason, _, path = str(error).partition(" - at `$")
     field = path.strip("`.") or None

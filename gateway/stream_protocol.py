@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -32,6 +33,7 @@ ClientMessage = Join | Leave
 
 _decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _encode = msgspec.json.encode
+_MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
 def decode(text: bytes) -> ClientMessage | None:
@@ -43,23 +45,25 @@ def decode(text: bytes) -> ClientMessage | None:
     try:
         if not text.isascii():
             text.decode()  # names must be text; the decoder does not look at what it skips
-        if is_deeper_than(text):
-            raise InvalidRequest("invalid_message", "the message is nested too deep")
-        return _decoder.decode(text)
+        message = _decoder.decode(text)
     except UnicodeDecodeError as error:
         raise InvalidRequest("invalid_message", f"not UTF-8 at byte {error.start}") from None
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        field = path.strip("`.") or None
-        if field is None and "required field" in reason:
-            field = reason.split("`")[-2]
-        elif field is not None and "required field" in reason:
-            field = f"{field}.{reason.split('`')[-2]}"
+        names = [path.strip("`.")] if path.strip("`.") else []
+        if missing := _MISSING.fullmatch(reason):
+            names.append(missing.group(1))
+        field = ".".join(names) or None
         raise InvalidRequest("invalid_message", _sentence(reason, field), field) from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except RecursionError:
+        raise InvalidRequest("invalid_message", "the message is nested too deep") from None
+    except msgspec.DecodeError as error:
         if not text.strip():
             return None
         raise InvalidRequest("invalid_message", str(error)) from None
+    if is_deeper_than(text):
+        raise InvalidRequest("invalid_message", "the message is nested too deep")
+    return message
 
 
 def error_payload(error: InvalidRequest, text: bytes) -> bytes:

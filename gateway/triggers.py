@@ -371,7 +371,7 @@ def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:
         return JoinConfig()  # a guard without filters rather than none
     try:
         return msgspec.json.decode(trigger.config, type=kind)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.strip("`.") or ("stream_name" if "stream_name" in reason else "config")
         raise InvalidRequest(

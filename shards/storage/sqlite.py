@@ -272,6 +272,8 @@ class SqliteStorage:
                 del self._open_files[name]
                 file, state.file = state.file, None
                 await self._in_thread(file.close)
+                if self._streams.get(name) is state:
+                    self._drop_if_unused(state)
 
     @asynccontextmanager
     async def _use(self, name: str) -> AsyncIterator[_Stream]:

@@ -191,9 +191,9 @@ class StreamFile:
         version = self._pragma("user_version")
         if version > LAYOUT_VERSION:
             raise self._corrupt(f"has layout {version}, this release reads up to {LAYOUT_VERSION}")
-        (name,) = self._connection.execute("SELECT name FROM stream").fetchone()
-        if name != stream:
-            raise self._corrupt(f"belongs to stream {name!r}")
+        row = self._connection.execute("SELECT name FROM stream").fetchone()
+        if row != (stream,):
+            raise self._corrupt(f"belongs to stream {row and row[0]!r}")
 
     def _pragma(self, name: str) -> int:
         return self._scalar(f"PRAGMA {name}")
