@@ -33,6 +33,8 @@ from gateway.shard_links import Answer, ShardLinks
 from gateway.triggers import Triggers
 from gateway.websocket import text_frame
 
+INBOX_MAX = 256
+"""Messages of a client that wait for one before them; past it no more is read for now."""
 SYNC_RETRY_S = 2.0
 """After a sync that failed, when its subscription is tried again."""
 
@@ -159,7 +161,10 @@ class Client:
         self._context = context
         self._subscriptions: dict[str, Subscription] = {}
         self._inbox: deque[bytes | wire.JoinData] = deque()
-        self._handling = False
+        self._handling = False  # a message that has to wait for an answer
+        self._in_loop = False
+        self._inbox_full = False
+        self._awaited: Subscription | None = None
         self._closed = False
 
     def start(self, joined: tuple[Group, str | None] | None) -> None:
@@ -193,6 +198,9 @@ class Client:
         self._inbox.append(text)
         if not self._handling:
             self._handle_inbox()
+        elif len(self._inbox) >= INBOX_MAX and not self._inbox_full:
+            self._inbox_full = True
+            self._connection.pause_reading()
 
     def closed(self) -> None:
         self._closed = True
@@ -203,6 +211,20 @@ class Client:
     # Messages, one after the other.
 
     def _handle_inbox(self) -> None:
+        self._in_loop = True
+        self._handle_messages()
+        self._in_loop = False
+        if self._inbox_full and not self._inbox:
+            self._inbox_full = False
+            self._connection.resume_reading()
+
+    def _go_on(self) -> None:
+        """The message that had to wait is done with: take the next ones."""
+        self._handling = False
+        if not self._in_loop:
+            self._handle_inbox()
+
+    def _handle_messages(self) -> None:
         while self._inbox and not self._handling:
             entry = self._inbox.popleft()
             if isinstance(entry, wire.JoinData):
@@ -247,7 +269,6 @@ class Client:
             self._subscribe(data)
             return
         self._handling = True
-        self._connection.pause_reading()
         self._port.tasks.start(self._ask_triggers(data))
 
     async def _ask_triggers(self, data: wire.JoinData) -> None:
@@ -262,22 +283,26 @@ class Client:
             self._port.joins_total["unauthorized"] += 1
             event = {"type": "unauthorized"}
             self._tell(wire.envelope(data.stream_name, data.group_id, data.id, event))
-        self._handling = False
-        self._connection.resume_reading()
-        self._handle_inbox()
+            self._go_on()
 
     def _subscribe(self, data: wire.JoinData) -> None:
         self._port.joins_total["accepted"] += 1
         group = Group(data.stream_name, data.group_id)
         earlier = self._subscriptions.get(data.subscription_id)
         if earlier is not None and (earlier.group, earlier.item_id) == (group, data.id):
-            self.sync(earlier)  # it stays as it is and misses nothing meanwhile
+            self._first_sync(earlier)  # it stays as it is and misses nothing meanwhile
             return
         subscription = Subscription(self, data.subscription_id, group, data.id)
         self._port.hub.add(subscription)
         self._subscriptions[data.subscription_id] = subscription
         if earlier is not None:
             self._forget(earlier)
+        self._first_sync(subscription)
+
+    def _first_sync(self, subscription: Subscription) -> None:
+        """Sync, and take no further message before it came: joins are answered in order."""
+        self._handling = True
+        self._awaited = subscription
         self.sync(subscription)
 
     def _leave(self, data: wire.JoinData) -> None:
@@ -313,8 +338,13 @@ class Client:
         link.call(message, call_id, answered)
 
     def _synced(self, subscription: Subscription, answer: Answer | Unread) -> None:
-        if self._subscriptions.get(subscription.subscription_id) is not subscription:
-            return
+        if self._subscriptions.get(subscription.subscription_id) is subscription:
+            self._take_sync(subscription, answer)
+        if self._awaited is subscription:
+            self._awaited = None
+            self._go_on()
+
+    def _take_sync(self, subscription: Subscription, answer: Answer | Unread) -> None:
         if isinstance(answer, BrokerError):
             self._sync_failed(subscription, answer)
             return
