@@ -52,8 +52,6 @@ class Link(asyncio.Protocol, Generic[M]):
         self._lost_reason = "the connection was lost"
         self.half_full = False
         """Whether more than half of what may wait does; checked when something is written."""
-        self.bytes_received = 0
-        self.bytes_sent = 0
 
     def send(self, message: Message) -> None:
         """Send `message` with what else this turn of the loop sends; nothing once cut."""
@@ -84,7 +82,6 @@ class Link(asyncio.Protocol, Generic[M]):
         self._owner.link_made(self)
 
     def data_received(self, data: bytes) -> None:
-        self.bytes_received += len(data)
         try:
             messages = self._reader.receive_data(data)
         except ProtocolError as error:
@@ -121,7 +118,6 @@ class Link(asyncio.Protocol, Generic[M]):
             self._write(messages[:half])
             self._write(messages[half:])
             return
-        self.bytes_sent += len(frame)
         self._transport.write(frame)
         waiting = self.queue_bytes
         self.half_full = waiting > max(self._queue_bytes_max // 2, _HIGH_WATER_BYTES)

@@ -14,14 +14,13 @@ from typing import Protocol, cast
 
 from websockets.datastructures import Headers
 from websockets.exceptions import InvalidMessage
-from websockets.frames import CloseCode, Frame, Opcode
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from gateway.frames import FrameSplitter
-from gateway.websocket import text_frame
 
 WRITE_HIGH_WATER_BYTES = 64 * 1024
 CLOSE_TIMEOUT_S = 5.0
@@ -87,8 +86,6 @@ class Connection(asyncio.Protocol):
         self.received_at = self.connected_at
         self.stalled_since: float | None = None
         self.remote_address = ""
-        self.messages_received = 0
-        self.bytes_received = 0
 
     # What peers and ports use.
 
@@ -164,10 +161,6 @@ class Connection(asyncio.Protocol):
         self.waiting_bytes = 0
         self._out.write(data)
 
-    def send_text(self, payload: bytes) -> bool:
-        """Send one text message; see `send`."""
-        return self.send(text_frame(payload))
-
     def drop_waiting(self) -> int:
         """Forget what waits; returns how many frames that were."""
         dropped = len(self._waiting)
@@ -221,7 +214,6 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received_at = self._now()
-        self.bytes_received += len(data)
         if self._splitter is not None:
             self._splitter.receive_data(data)
             return
@@ -292,7 +284,6 @@ class Connection(asyncio.Protocol):
                 self._take_message(message)
 
     def _take_message(self, text: bytes) -> None:
-        self.messages_received += 1
         if self._peer is not None and self._out is not None:  # not while closing
             self._peer.message_received(text)
 
@@ -323,15 +314,6 @@ class Connection(asyncio.Protocol):
     def _arm_close_timer(self) -> None:
         if self._close_timer is None:
             self._close_timer = self._loop.call_later(CLOSE_TIMEOUT_S, self.abort)
-
-    def fail(self, code: CloseCode, reason: str) -> None:
-        """Close because of what the peer sent; nothing more of it is read."""
-        if self.open:
-            self.drop_waiting()
-            self._out = None
-            self._protocol.fail(code, reason)
-            self._write_protocol_data()
-            self._arm_close_timer()
 
 
 def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -> Response:

@@ -80,7 +80,7 @@ class Invocations:
     ) -> str | None:
         """Call a function; `answered` is told how it ended, possibly at once.
 
-        Returns the id to `forget` the call by, None when it has ended already.
+        Returns the call's id, None when it has ended already or nobody waits for its answer.
         """
         registration = self._functions.find(namespace, function_id)
         if registration is None:
@@ -188,11 +188,6 @@ class Invocations:
         invocation = self._pending.get(invocation_id)
         if invocation is not None and invocation.executor is executor:
             self._settle(invocation_id, Result(error=error))
-
-    def forget(self, invocation_id: str) -> None:
-        """Nobody waits for the call any more."""
-        if invocation_id in self._pending:
-            self._remove(invocation_id)
 
     def remove_worker(self, worker: Executor) -> None:
         """The worker left: calls to it fail, its own are forgotten."""

@@ -232,6 +232,11 @@ def _metrics(gateway: Gateway) -> Metrics:
         lambda: gateway.invocations.overloaded_total,
     )
     metrics.counter(
+        "worker_messages",
+        "Messages received from workers.",
+        lambda: gateway.worker_port.messages_total,
+    )
+    metrics.counter(
         "worker_messages_undecodable",
         "Messages of workers that could not be read.",
         lambda: gateway.worker_port.undecodable_total,

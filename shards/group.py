@@ -29,7 +29,7 @@ Operation = (
 """What can be asked of one group: the link's messages as they are."""
 
 ITEM_OVERHEAD_BYTES = 150
-"""What an item costs in memory beside its texts (measured with tracemalloc)."""
+"""About what an item costs in memory beside its texts: two objects and their place in a dict."""
 
 _encode = msgspec.json.encode
 
