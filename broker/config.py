@@ -108,7 +108,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name_bytes_max: NameBytes = 1024
     """Bytes of UTF-8 of a stream's, group's or item's name."""
     connections_max: Count = 100_000
-    """Open connections of workers and clients together."""
+    """Open connections of each port."""
     subscriptions_per_connection_max: Count = 10_000
     """Subscriptions of one client connection."""
     response_bytes_max: MessageBytes = 48 * MIB
