@@ -33,9 +33,8 @@ SHARDS_MAX = 1024
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 # No control characters, which would break lines, and no lone surrogates, which are no UTF-8.
-Text = Annotated[
-    str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*\Z")
-]
+_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
+Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=_TEXT)]
 Shards = Annotated[int, Meta(ge=1, le=SHARDS_MAX)]
 StoreMethod = Literal["in_memory", "file_based"]
 MessageBytes = Annotated[int, Meta(ge=KIB, le=1024 * MIB)]

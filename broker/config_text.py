@@ -252,8 +252,7 @@ class _Loader(yaml.SafeLoader):
         """Stop before the recursion of PyYAML exhausts the stack."""
         self.depth += 1
         if self.depth > DEPTH_MAX:
-            mark = self.get_mark()
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=f"it nests deeper than {DEPTH_MAX} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -298,7 +297,10 @@ class _Placeholders:
 
     def _value(self, placeholder: re.Match[str], path: str) -> str:
         name, default = placeholder.groups()
-        value = self.environ.get(name, default)
+        try:
+            value = self.environ.get(name, default)
+        except UnicodeEncodeError:  # a name that no variable can have in this locale
+            value = default
         if value is None:
             reason = "a variable that is not set; set it or write ${NAME:default}"
             raise ConfigError(path, f"holds {shown(placeholder[0])}, {reason}")
@@ -319,7 +321,7 @@ class _Builder:
         if self.values > VALUES_MAX:
             raise ConfigError(self.label, f"holds more than {VALUES_MAX} values, may hold as many")
         if depth > DEPTH_MAX:  # an alias within its own anchor
-            raise ConfigError(path, f"nests deeper than {DEPTH_MAX} levels, may nest as many")
+            raise ConfigError(self.label, f"nests deeper than {DEPTH_MAX} levels, may nest as many")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         match node:
             case yaml.ScalarNode() if kind in ("!plain", "str"):

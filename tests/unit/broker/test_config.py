@@ -40,7 +40,7 @@ def load(
 ) -> tuple[Config, list[str]]:
     path = tmp_path / "broker.yaml"
     path.write_text(text)
-    return config.load(str(path), overrides or Overrides(), environ or {})
+    return config.load(str(path), overrides or Overrides(), {} if environ is None else environ)
 
 
 def refusal(tmp_path: Path, text: str, environ: dict[str, str] | None = None) -> ConfigError:
@@ -144,6 +144,38 @@ def test_strict_everywhere(tmp_path: Path, text: str, path: str | None) -> None:
     error = refusal(tmp_path, text)
     if path is not None:
         assert error.path == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "a: &a [*a]\n",
+        "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)).replace(
+            "*a0", "1"
+        ),
+        "#" * (1024 * 1024 + 1),
+        'broker: {run_dir: "\\ud800"}\n',
+        'broker: {run_dir: "a\\u2028b"}\n',
+        f"broker: {{shards: {'9' * 6000}}}\n",
+        "%YAML 1." + "9" * 5000 + "\n---\n",
+    ],
+    ids=["deep", "endless", "bomb", "large", "surrogate", "line", "digits", "version"],
+)
+def test_hostile_files(tmp_path: Path, text: str) -> None:
+    assert len(str(refusal(tmp_path, text))) < 400
+
+
+def test_a_variable_that_the_locale_cannot_name(tmp_path: Path) -> None:
+    class Ascii(dict[str, str]):
+        """An environment that, as the real one, encodes the names that it is asked for."""
+
+        def get(self, name: str, default: str | None = None) -> str | None:
+            name.encode("ascii")
+            return super().get(name) or default
+
+    settings, _ = load(tmp_path, "broker: {run_dir: '${NÄME:x}'}\n", environ=Ascii())
+    assert settings.run_dir == "x"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
