@@ -36,6 +36,9 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 _TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=_TEXT)]
 Shards = Annotated[int, Meta(ge=1, le=SHARDS_MAX)]
+FILE_PATH_KEY = "modules[].config.adapter.config.file_path"
+"""The key that errors about the KvStore's folder name."""
+
 StoreMethod = Literal["in_memory", "file_based"]
 MessageBytes = Annotated[int, Meta(ge=KIB, le=1024 * MIB)]
 MemoryBytes = Annotated[int, Meta(ge=KIB, le=1024 * 1024 * MIB)]

@@ -63,7 +63,7 @@ class MetricsServer:
                 accept = value.strip()
         if "application/openmetrics-text" in accept:
             content_type = openmetrics.CONTENT_TYPE_LATEST
-            body: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]
+            body: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]  # the library types only its other half
         else:
             content_type, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
         answer = response("200 OK", content_type, body)

@@ -61,10 +61,10 @@ class Invocations:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def active(self, worker: object) -> int:
+    def active(self, worker: Executor) -> int:
         """Calls that the worker made or executes, and that are not answered."""
         made = len(self._by_caller.get(worker, ()))
-        return made + len(self._by_executor.get(worker, ()))  # type: ignore[call-overload]
+        return made + len(self._by_executor.get(worker, ()))
 
     def invoke(
         self,

@@ -5,7 +5,6 @@ Protocol section 7.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +16,7 @@ from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
 from broker.names import Group, check_name
 from gateway.custom_streams import CustomStreams, StreamCall
+from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
 
@@ -52,7 +52,6 @@ class _Nothing(Struct, gc=False):
 
 
 _Input = TypeVar("_Input")
-_MISSING = re.compile(r"missing required field `(.+)`")
 
 
 class StreamCalls:
@@ -216,15 +215,12 @@ def _decode(decoder: msgspec.json.Decoder[_Input], function: str, data: bytes) -
 
 def deserialization_error(function_id: str, error: msgspec.DecodeError) -> InvalidRequest:
     """What is told to a caller whose payload is not of the right form (section 4.3)."""
-    reason, _, path = str(error).partition(" - at `$")
-    field = path.strip("`.") or None
-    if missing := _MISSING.search(reason):
-        field = missing.group(1)
+    reason, field = located(error)
+    if "missing required field" in reason:
         reason = f"missing field `{field}`"
-    elif field is not None:
-        reason = f"{field}: invalid type: {reason[0].lower()}{reason[1:]}"
     else:
         reason = f"invalid type: {reason[0].lower()}{reason[1:]}"
+        reason = reason if field is None else f"{field}: {reason}"
     return InvalidRequest(
         "deserialization_error", f"Failed to deserialize input for {function_id}: {reason}", field
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 import msgspec
 
 from broker.errors import InvalidRequest
-from broker.json_text import is_deeper_than
+from gateway import decoding
 
 
 class JoinData(msgspec.Struct, rename="camel"):
@@ -33,7 +32,6 @@ ClientMessage = Join | Leave
 
 _decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _encode = msgspec.json.encode
-_MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
 def decode(text: bytes) -> ClientMessage | None:
@@ -42,28 +40,7 @@ def decode(text: bytes) -> ClientMessage | None:
     Raises:
         InvalidRequest: `invalid_message`, with the field at fault where it is known.
     """
-    try:
-        if not text.isascii():
-            text.decode()  # names must be text; the decoder does not look at what it skips
-        message = _decoder.decode(text)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("invalid_message", f"not UTF-8 at byte {error.start}") from None
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        names = [path.strip("`.")] if path.strip("`.") else []
-        if missing := _MISSING.fullmatch(reason):
-            names.append(missing.group(1))
-        field = ".".join(names) or None
-        raise InvalidRequest("invalid_message", _sentence(reason, field), field) from None
-    except RecursionError:
-        raise InvalidRequest("invalid_message", "the message is nested too deep") from None
-    except msgspec.DecodeError as error:
-        if not text.strip():
-            return None
-        raise InvalidRequest("invalid_message", str(error)) from None
-    if is_deeper_than(text):
-        raise InvalidRequest("invalid_message", "the message is nested too deep")
-    return message
+    return decoding.decode(_decoder, text)
 
 
 def error_payload(error: InvalidRequest, text: bytes) -> bytes:
@@ -105,7 +82,3 @@ def _data_of(text: bytes) -> dict[str, Any]:
         return {}
     data = message.get("data") if isinstance(message, dict) else None
     return data if isinstance(data, dict) else {}
-
-
-def _sentence(reason: str, field: str | None) -> str:
-    return reason if field is None else f"{field}: {reason}"

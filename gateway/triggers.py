@@ -16,6 +16,7 @@ import msgspec
 from broker import logs
 from broker.errors import InvalidRequest
 from broker.messages import AddTrigger, Event, Message, RemoveTrigger
+from gateway.decoding import located
 from gateway.invocations import Executor, Invocations, Result
 from gateway.worker_protocol import (
     RegisterTrigger,
@@ -372,8 +373,8 @@ def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:
     try:
         return msgspec.json.decode(trigger.config, type=kind)
     except msgspec.DecodeError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        field = path.strip("`.") or ("stream_name" if "stream_name" in reason else "config")
+        reason, field = located(error)
+        field = field or "config"
         raise InvalidRequest(
             "trigger_registration_failed",
             f"Failed to deserialize stream trigger: {field}: {reason}",

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from broker.errors import BrokerError, InvalidRequest
-from broker.json_text import is_deeper_than
+from broker.errors import BrokerError
+from gateway import decoding
 
 _encode = msgspec.json.encode
 
@@ -135,21 +135,7 @@ def decode(text: bytes) -> WorkerMessage | None:
     Raises:
         InvalidRequest: `invalid_message`, saying why it can't be read.
     """
-    try:
-        if not text.isascii():
-            text.decode()  # values are passed on unread: they must be text all the same
-        message = _decoder.decode(text)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("invalid_message", f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise InvalidRequest("invalid_message", "the message is nested too deep") from None
-    except msgspec.DecodeError as error:
-        if not text.strip():
-            return None
-        raise InvalidRequest("invalid_message", str(error)) from None
-    if is_deeper_than(text):
-        raise InvalidRequest("invalid_message", "the message is nested too deep")
-    return message
+    return decoding.decode(_decoder, text)
 
 
 class Undecodable(Struct):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
+from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError
+from shards.files import sync_directory
 
 LAYOUT_VERSION = 1
 FILE_NAME = "manifest.json"
-
-_KEY = "modules[].config.adapter.config.file_path"
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -37,12 +37,12 @@ def check(folder: Path, shards: int) -> None:
             _write(path, Manifest(LAYOUT_VERSION, shards))
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
-        raise ConfigError(_KEY, f"{path} can't be used: {error.strerror}") from None
+        raise ConfigError(FILE_PATH_KEY, f"{path} can't be used: {error.strerror}") from None
     except msgspec.DecodeError as error:
-        raise ConfigError(_KEY, f"{path} is damaged: {error}") from None
+        raise ConfigError(FILE_PATH_KEY, f"{path} is damaged: {error}") from None
     if manifest.layout != LAYOUT_VERSION:
         raise ConfigError(
-            _KEY, f"{path} has layout {manifest.layout}, this release has {LAYOUT_VERSION}"
+            FILE_PATH_KEY, f"{path} has layout {manifest.layout}, this release has {LAYOUT_VERSION}"
         )
     if manifest.shards != shards:
         raise ConfigError(
@@ -64,8 +64,4 @@ def _write(path: Path, manifest: Manifest) -> None:
         pass
     finally:
         draft.unlink()
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)

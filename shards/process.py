@@ -10,7 +10,7 @@ from pathlib import Path
 
 from broker import locks, logs, service
 from broker.clock import wall_clock_ms
-from broker.config import Config, KvAdapter
+from broker.config import FILE_PATH_KEY, Config, KvAdapter
 from broker.errors import ConfigError
 from broker.http import MetricsServer
 from broker.link import Link
@@ -23,7 +23,6 @@ from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.sqlite import SqliteStorage
 
-_FILE_PATH_KEY = "modules[].config.adapter.config.file_path"
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
 
 _log = logs.Log("shard")
@@ -92,7 +91,7 @@ def _storage(settings: Config, index: int) -> Storage:
     folder = Path(adapter.file_path)
     manifest.check(folder, settings.shards)
     directory = folder / f"shard-{index}"
-    locks.take(directory / "lock", _FILE_PATH_KEY, f"the data in {directory}")
+    locks.take(directory / "lock", FILE_PATH_KEY, f"the data in {directory}")
     return SqliteStorage(
         directory, wall_clock_ms, limits.response_bytes_max, limits.group_cache_bytes_max
     )

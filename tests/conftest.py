@@ -28,6 +28,21 @@ def memory_broker() -> Iterator[Broker]:
         yield broker
 
 
+@pytest.fixture(scope="module")
+def disk_broker() -> Iterator[Broker]:
+    """A broker of the module's own with `file_based` storage."""
+    with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture(params=["in_memory", "file_based"])
+def any_broker(request: pytest.FixtureRequest) -> Broker:
+    """The module's brokers, one with each kind of storage."""
+    name = "memory_broker" if request.param == "in_memory" else "disk_broker"
+    broker: Broker = request.getfixturevalue(name)
+    return broker
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the log of every broker that is up when a test fails."""

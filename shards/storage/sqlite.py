@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from broker import messages
 from broker.clock import Clock
+from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError, LimitExceeded, StorageError
 from broker.names import file_name, stream_of_file_name
 from broker.tasks import Tasks
@@ -113,7 +114,7 @@ class SqliteStorage:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                "modules[].config.adapter.config.file_path",
+                FILE_PATH_KEY,
                 f"{self._directory} can't be made: {error.strerror}",
             ) from None
 

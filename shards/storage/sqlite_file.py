@@ -7,7 +7,6 @@ lock, and the event loop is busy on the other side of it.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import StorageError
+from shards.files import sync_directory
 
 LAYOUT_VERSION = 1
 _APPLICATION_ID = 0x53425231  # "SBR1"
@@ -103,7 +103,7 @@ class StreamFile:
             self._check(stream)
             self.next_row = self._scalar("SELECT ifnull(max(id), 0) + 1 FROM groups")
             if created:
-                _sync_directory(path.parent)
+                sync_directory(path.parent)
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise self._failure(error) from error
@@ -245,11 +245,3 @@ def _statements(
 @cache
 def _sql(sql: str, row: str, width: int) -> str:
     return sql.format(rows=",".join([row] * width))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

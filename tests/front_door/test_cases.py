@@ -17,7 +17,6 @@ import sys
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,12 @@ from websockets.frames import Frame, Opcode
 
 from tests.conftest import Run
 from tests.support.broker import IN_MEMORY, REPOSITORY, Broker, StartFailed, free_ports
+from tests.support.calls import LONG_S, item, result_of
 from tests.support.connection import Closed
 from tests.support.stream_client import UPGRADE, RawHttp, StreamClient, settled
 from tests.support.worker import ABSENT, Worker
 
 KIB, MIB = 1024, 1024 * 1024
-LONG_S = 60.0
-"""Patience with what moves much data."""
-
 AUTH = """\
 workers:
   - name: iii-stream
@@ -51,26 +48,6 @@ def with_limits(**limits: float) -> str:
     return IN_MEMORY + yaml.safe_dump({"broker": {"limits": limits}})
 
 
-@pytest.fixture(scope="module")
-def disk_broker() -> Iterator[Broker]:
-    """A broker of the module's own with `file_based` storage."""
-    with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture(params=["in_memory", "file_based"])
-def any_broker(request: pytest.FixtureRequest) -> Broker:
-    """The module's brokers, one with each kind of storage."""
-    name = "memory_broker" if request.param == "in_memory" else "disk_broker"
-    broker: Broker = request.getfixturevalue(name)
-    return broker
-
-
-def item(stream: str, group: str, item_id: str, **more: Any) -> dict[str, Any]:
-    """The payload of a call on one item."""
-    return {"stream_name": stream, "group_id": group, "item_id": item_id, **more}
-
-
 def group_of(stream: str, group: str, **more: Any) -> dict[str, Any]:
     """The payload of a call on one group."""
     return {"stream_name": stream, "group_id": group, **more}
@@ -80,13 +57,6 @@ async def put(worker: Worker, stream: str, group: str, item_id: str, data: Any) 
     """Set an item; it must succeed."""
     answer = await worker.call("stream::set", item(stream, group, item_id, data=data), LONG_S)
     assert "result" in answer, answer
-
-
-async def result_of(worker: Worker, function_id: str, data: Any) -> Any:
-    """The result of a call that must succeed; None when it has none."""
-    answer = await worker.call(function_id, data, LONG_S)
-    assert "error" not in answer, answer
-    return answer.get("result")
 
 
 async def error_of(worker: Worker, function_id: str, data: Any = ABSENT) -> dict[str, Any]:
@@ -195,6 +165,9 @@ def test_case_06_timestamp_order(any_broker: Broker, run: Run) -> None:
                 if i % 500 == 0:  # syncs count in the same clock
                     await group.send_join("s6", "g", f"whole {i}")
                     await one.send_join("s6", "g", f"one {i}", id="x")
+            for client in (group, one):  # the last write comes after all of them
+                for _ in range(0, count, 500):
+                    await client.next(lambda frame: event_of(frame, "sync"), LONG_S)
             last = {"id": "x", "n": "last"}
             await put(worker, "s6", "g", "x", last)
             for client in (group, one):

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import uuid
-from collections.abc import Iterator
 from itertools import pairwise, product
 from typing import Any
 
@@ -21,39 +20,10 @@ from broker.names import Group
 from broker.routing import shard_of
 from tests.conftest import Run
 from tests.support.broker import Broker
+from tests.support.calls import LONG_S, item, result_of
 from tests.support.connection import Closed
 from tests.support.stream_client import UPGRADE, RawHttp, StreamClient, settled
 from tests.support.worker import Worker
-
-LONG_S = 60.0
-"""Patience with what moves much data, or has to be started again."""
-
-
-@pytest.fixture(scope="module")
-def disk_broker() -> Iterator[Broker]:
-    """A broker of the module's own with `file_based` storage."""
-    with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture(params=["in_memory", "file_based"])
-def any_broker(request: pytest.FixtureRequest) -> Broker:
-    """The module's brokers, one with each kind of storage."""
-    name = "memory_broker" if request.param == "in_memory" else "disk_broker"
-    broker: Broker = request.getfixturevalue(name)
-    return broker
-
-
-def item(stream: str, group: str, item_id: str, **more: Any) -> dict[str, Any]:
-    """The payload of a call on one item."""
-    return {"stream_name": stream, "group_id": group, "item_id": item_id, **more}
-
-
-async def result_of(worker: Worker, function_id: str, data: Any) -> Any:
-    """The result of a call that must succeed; None when it has none."""
-    answer = await worker.call(function_id, data, LONG_S)
-    assert "error" not in answer, answer
-    return answer.get("result")
 
 
 async def list_of(worker: Worker, stream: str, group: str) -> Any:
