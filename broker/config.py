@@ -7,7 +7,9 @@ and the broker's own below `broker:`. Options of the command line win over it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -45,6 +47,8 @@ MemoryBytes = Annotated[int, Meta(ge=KIB, le=1024 * 1024 * MIB)]
 NameBytes = Annotated[int, Meta(ge=1, le=65536)]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 Seconds = Annotated[float, Meta(ge=0.01, le=86_400)]
+Delay = Annotated[float, Meta(ge=0, le=3600)]
+Texts = Annotated[tuple[Text, ...], Meta(max_length=1000)]
 
 _Ignored = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # settings of storage that is not built so
 
@@ -59,12 +63,37 @@ class StreamPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Id of the function asked for each connection; None lets everybody in."""
 
 
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PEM files of a port that speaks TLS: the certificate with its chain, and its key."""
+
+    certificate: Text
+    key: Text
+
+
+class StreamAccess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the broker adds to the stream port: who may connect, and when a client has left."""
+
+    allowed_origins: Texts | None = None
+    """Origins of pages that may connect, exactly as browsers send them; `*` is any. None: any,
+    unless the page asks for the machine that it is shown on (`gateway.access`)."""
+    trusted_proxies: Texts = ()
+    """Addresses or networks whose `X-Forwarded-For` is believed."""
+    leave_delay_s: Delay = 0.0
+    """Seconds that a client whose connection ended has to join again without having left."""
+    tls: Tls | None = None
+
+
 class WorkerPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where workers connect."""
 
     host: Text = "127.0.0.1"
     port: Port = 49134
     """TCP port; 0 takes a free one."""
+    allowed_origins: Texts = ()
+    """Origins of pages that may connect as workers; `*` is any."""
+    token: Text | None = None
+    """What workers have to send as `Authorization: Bearer`; None: see `III_TOKEN`."""
+    tls: Tls | None = None
 
 
 class MetricsPorts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,6 +162,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that the auth function may take."""
     trigger_timeout_s: Seconds = 5.0
     """Seconds that a join trigger or a condition may take."""
+    auth_waiting_max: Count = 2000
+    """Handshakes, and renewals, that wait for the auth function."""
+    auth_context_bytes_max: MessageBytes = 64 * KIB
+    """Bytes of the context that the auth function gives a connection."""
+    handler_timeout_s: Seconds = 300.0
+    """Seconds after which the answer of a `stream` or leave handler is not waited for any more."""
+    leave_wait_s: Seconds = 300.0
+    """Seconds that leaves of a gateway that died wait for their triggers to be registered again."""
 
 
 def default_shards() -> int:
@@ -144,6 +181,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that the processes of one broker have to know."""
 
     stream: StreamPort = msgspec.field(default_factory=StreamPort)
+    stream_access: StreamAccess = msgspec.field(default_factory=StreamAccess)
     worker: WorkerPort = msgspec.field(default_factory=WorkerPort)
     metrics: MetricsPorts = msgspec.field(default_factory=MetricsPorts)
     adapter: KvAdapter | RedisAdapter = msgspec.field(default_factory=KvAdapter)
@@ -184,6 +222,7 @@ _ADAPTERS = {
     },
     "name": {"kv": "kv", "redis": "redis", "bridge": "bridge"},
 }
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]*")
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 _Part = TypeVar("_Part", bound=msgspec.Struct)
@@ -206,14 +245,19 @@ def load(
     stream, adapter = _stream(*entries.get("stream", ("", {})), warnings)
     broker = mapping(values, "broker", "")
     plain = {"shards": Shards, "run_dir": Text}
-    check_keys(broker, (*plain, "worker", "metrics", "limits"), "broker")
+    check_keys(broker, (*plain, "stream", "worker", "metrics", "limits"), "broker")
     worker = _worker_manager(*entries.get("worker", ("", {})), warnings)
     for key, value in _part(WorkerPort, broker, "worker").items():
         if key in worker:
             warnings.append(f"{entries['worker'][0]}.{key}: ignored, broker.worker.{key} wins")
         worker[key] = value
+    access = _part(StreamAccess, broker, "stream")
+    _check_origins(access.get("allowed_origins"), "broker.stream.allowed_origins")
+    _check_origins(worker.get("allowed_origins"), "broker.worker.allowed_origins")
+    _check_networks(access.get("trusted_proxies", ()), "broker.stream.trusted_proxies")
     config = Config(
         stream=stream,
+        stream_access=StreamAccess(**access),
         adapter=adapter,
         worker=WorkerPort(**worker),
         metrics=MetricsPorts(**_part(MetricsPorts, broker, "metrics")),
@@ -247,7 +291,7 @@ def from_json(text: bytes) -> Config:
 def to_yaml(config: Config) -> str:
     """`config` as a complete file that `load` takes and makes the same of.
 
-    It repeats a password in `redis_url`, as the file would be of no use without.
+    It repeats a token, and a password in `redis_url`: the file would be of no use without.
     """
     adapter = structs.asdict(config.adapter)
     adapter_class = _KV_CLASS if isinstance(config.adapter, KvAdapter) else _REDIS_CLASS
@@ -258,7 +302,8 @@ def to_yaml(config: Config) -> str:
         "broker": {
             "shards": config.shards,
             "run_dir": config.run_dir,
-            "worker": structs.asdict(config.worker),
+            "stream": msgspec.to_builtins(config.stream_access),
+            "worker": msgspec.to_builtins(config.worker),
             "metrics": structs.asdict(config.metrics),
             "limits": structs.asdict(config.limits),
         },
@@ -357,14 +402,30 @@ def _worker_manager(path: str, config: _Values, warnings: list[str]) -> dict[str
         if config.get(key) is not None:
             reason = f"holds {shown(config[key])}, may be left out: there are no access rules here"
             raise ConfigError(f"{path}.{key}", f"{reason}, and without them all workers get in")
-    known = structs.fields(WorkerPort)
-    own = {field.name: config[field.name] for field in known if field.name in config}
+    own: _Values = {key: config[key] for key in ("host", "port") if key in config}
     warnings += [
         f"{key_path(path, key)}: has no meaning here and is ignored"
         for key in config
         if key not in own
     ]
     return converted(WorkerPort, own, path)
+
+
+def _check_origins(origins: tuple[str, ...] | None, path: str) -> None:
+    for index, origin in enumerate(origins or ()):
+        if not _ORIGIN.fullmatch(origin):
+            reason = "an origin in lower case, such as https://app.example or http://localhost:3000"
+            reason = f"holds {shown(origin)}, may hold {reason}, or null, or *"
+            raise ConfigError(f"{path}[{index}]", reason)
+
+
+def _check_networks(networks: tuple[str, ...], path: str) -> None:
+    for index, network in enumerate(networks):
+        try:
+            ip_network(network)
+        except ValueError:
+            reason = f"holds {shown(network)}, may hold an address or a network such as 10.0.0.0/8"
+            raise ConfigError(f"{path}[{index}]", reason) from None
 
 
 def _part(kind: type[_Part], broker: _Values, key: str) -> dict[str, Any]:

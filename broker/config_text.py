@@ -145,6 +145,10 @@ def _described(info: inspect.Type) -> str:
             return " or ".join(str(value) for value in info.values)
         case inspect.NoneType():
             return "null"
+        case inspect.VarTupleType():
+            return f"a list of up to {info.max_length} entries, each {_described(info.item_type)}"
+        case inspect.StructType():
+            return f"a mapping of {' and '.join(field.name for field in info.fields)}"
         case inspect.UnionType():
             return " or ".join(_described(each) for each in info.types)
     raise AssertionError(f"no key has the type {info}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 """Of the messages below; both ends refuse a peer that speaks another one."""
 
 
@@ -142,6 +142,39 @@ class ApplyOps(Message, tag=16):
     ops: bytes
 
 
+class Lease(Message, tag=17):
+    """A subscription stands at the gateway; the same id again replaces.
+
+    `payload` is the JSON text that leave triggers are given when it ends; its first `head_bytes`
+    bytes name the subscription.
+    """
+
+    lease_id: int
+    stream: str
+    group_id: str
+    head_bytes: int
+    payload: bytes
+
+
+class EndLease(Message, tag=18):
+    """The subscription ended, and the gateway told it."""
+
+    lease_id: int
+
+
+class AddLeaveTrigger(Message, tag=19):
+    """A leave trigger that can be fired, for leaves that a gateway which died could not tell.
+
+    `likeness`: the same for the same trigger of a worker that was started again, whose ids are
+    new. None and "" in a filter match everything. `RemoveTrigger` takes it out.
+    """
+
+    trigger_id: str
+    likeness: str
+    stream: str | None
+    group_id: str | None
+
+
 # Shard to gateway.
 
 
@@ -195,6 +228,15 @@ class Event(Message, tag=24):
     triggers: list[str]
 
 
+class Left(Message, tag=25):
+    """Fire the leave trigger: a subscription ended with the gateway that held it."""
+
+    trigger_id: str
+    stream: str
+    group_id: str
+    payload: bytes
+
+
 ToShard = (
     Hello
     | Heartbeat
@@ -213,5 +255,8 @@ ToShard = (
     | Publish
     | CheckOps
     | ApplyOps
+    | Lease
+    | EndLease
+    | AddLeaveTrigger
 )
-ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event
+ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left

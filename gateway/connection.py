@@ -77,7 +77,8 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self._control_bytes = 0
         self._answered = False
-        self._early = False
+        self._early = False  # whether more than the request came with it
+        self._early_messages: list[bytes] = []
         self._splitter: FrameSplitter | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self.waiting_bytes = 0
@@ -93,6 +94,11 @@ class Connection(asyncio.Protocol):
     def open(self) -> bool:
         """Whether messages can be sent."""
         return self._out is not None
+
+    @property
+    def local_address(self) -> str:
+        """The address and port that the peer connected to."""
+        return _address(self._transport.get_extra_info("sockname")) if self._transport else ""
 
     def accept(self, peer: Peer) -> bool:
         """Complete the handshake; messages go to `peer` from now on.
@@ -110,7 +116,10 @@ class Connection(asyncio.Protocol):
             self._splitter = FrameSplitter(
                 self._take_message, self._for_library, self._port.message_bytes_max
             )
-        self._transport.resume_reading()
+        if self._early_messages:
+            self._loop.call_soon(self._take_early)  # when the peer is ready for them
+        else:
+            self._transport.resume_reading()
         return True
 
     def check_handshake(self) -> Response | None:
@@ -179,6 +188,7 @@ class Connection(asyncio.Protocol):
         self.flush()
         self.drop_waiting()
         self._out = None
+        self._transport.resume_reading()  # for the answer
         self._protocol.send_close(code, reason)
         self._write_protocol_data()
         self._arm_close_timer()
@@ -284,8 +294,16 @@ class Connection(asyncio.Protocol):
                 self._take_message(message)
 
     def _take_message(self, text: bytes) -> None:
-        if self._peer is not None and self._out is not None:  # not while closing
+        if self._peer is None:  # came with the request; no more than one read of the socket gave
+            self._early_messages.append(text)
+        elif self._out is not None:  # not while closing
             self._peer.message_received(text)
+
+    def _take_early(self) -> None:
+        messages, self._early_messages = self._early_messages, []
+        self.resume_reading()
+        for text in messages:
+            self._take_message(text)
 
     def _write_protocol_data(self) -> None:
         """Write what the library wants sent: handshake, pongs, close frames, the end."""

@@ -27,6 +27,9 @@ class State(Enum):
 class Subscriber(Protocol):
     """A connection that can be sent frames."""
 
+    context: bytes
+    """JSON text of what the auth function said of it."""
+
     def deliver(self, frames: bytes) -> bool:
         """Send what may be several frames, joined; False: nothing sent, too much waits already."""
 

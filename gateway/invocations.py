@@ -21,6 +21,8 @@ class Result(msgspec.Struct, frozen=True):
     error: bytes | None = None
 
 
+SWEEP_INTERVAL_S = 1.0
+
 K = TypeVar("K")
 
 Answered = Callable[[Result], None]
@@ -36,27 +38,49 @@ class Executor(Protocol):
 
 
 class Invocation:
-    """A call that waits for its answer."""
+    """A call that waits for its answer.
 
-    __slots__ = ("answered", "caller", "executor")
+    `again`: namespace, function and payload of a call that another worker is sent when the one
+    that got it leaves without an answer.
+    """
 
-    def __init__(self, executor: Executor, caller: object, answered: Answered | None) -> None:
+    __slots__ = ("again", "answered", "caller", "executor")
+
+    def __init__(
+        self,
+        executor: Executor,
+        caller: object,
+        answered: Answered,
+        again: tuple[str, str, bytes] | None,
+    ) -> None:
         self.executor = executor
         self.caller = caller
         self.answered = answered
+        self.again = again
 
 
 class Invocations:
-    """Calls under way, by ids of the broker's own."""
+    """Calls under way, by ids of the broker's own.
 
-    def __init__(self, functions: Functions[Executor], in_flight_max: int) -> None:
+    Args:
+        in_flight_max: of the calls of one caller.
+        patience_s: for an answer that nobody waits for; see `patient`.
+    """
+
+    def __init__(
+        self, functions: Functions[Executor], in_flight_max: int, patience_s: float
+    ) -> None:
         self._functions = functions
         self._in_flight_max = in_flight_max
+        self._patience_s = patience_s
         self._pending: dict[str, Invocation] = {}
-        self._by_executor: dict[Executor, set[str]] = {}
-        self._by_caller: dict[object, set[str]] = {}
+        self._by_executor: dict[Executor, dict[str, None]] = {}
+        self._by_caller: dict[object, dict[str, None]] = {}
+        self._impatient: dict[str, float] = {}  # until when an answer is waited for, in order
+        self._sweeping = False
         self.invocations_total = 0
         self.overloaded_total = 0
+        self.resent_total = 0
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -65,6 +89,10 @@ class Invocations:
         """Calls that the worker made or executes, and that are not answered."""
         made = len(self._by_caller.get(worker, ()))
         return made + len(self._by_executor.get(worker, ()))
+
+    def serves(self, namespace: str, function_id: str) -> bool:
+        """Whether a worker has the function."""
+        return self._functions.find(namespace, function_id) is not None
 
     def invoke(
         self,
@@ -77,8 +105,14 @@ class Invocations:
         traceparent: str | None = None,
         baggage: str | None = None,
         metadata: bytes | None = None,
+        resend: bool = False,
+        patient: bool = True,
     ) -> str | None:
         """Call a function; `answered` is told how it ended, possibly at once.
+
+        With `resend` a call whose worker leaves without an answer goes to the worker that takes
+        the function over, if there is one. Without `patient` it ends, with an error, when there
+        is no answer for long.
 
         Returns the call's id, None when it has ended already or nobody waits for its answer.
         """
@@ -122,10 +156,15 @@ class Invocations:
         self.invocations_total += 1
         if answered is None:
             return None
-        self._pending[invocation_id] = Invocation(executor, caller, answered)
-        self._by_executor.setdefault(executor, set()).add(invocation_id)
+        again = (namespace, function_id, payload) if resend else None
+        self._pending[invocation_id] = Invocation(executor, caller, answered, again)
+        self._by_executor.setdefault(executor, {})[invocation_id] = None
         if caller is not None:
-            self._by_caller.setdefault(caller, set()).add(invocation_id)
+            self._by_caller.setdefault(caller, {})[invocation_id] = None
+        if not patient:
+            self._impatient[invocation_id] = asyncio.get_running_loop().time() + self._patience_s
+            if not self._sweeping:
+                self._sweep()
         return invocation_id
 
     def call_within(
@@ -137,6 +176,7 @@ class Invocations:
         *,
         namespace: str = "default",
         metadata: bytes | None = None,
+        resend: bool = False,
     ) -> None:
         """`invoke` for the broker itself, with a limit on the wait for the answer."""
         loop = asyncio.get_running_loop()
@@ -148,11 +188,10 @@ class Invocations:
             answered(result)
 
         invocation_id = self.invoke(
-            function_id, data, ended, namespace=namespace, metadata=metadata
+            function_id, data, ended, namespace=namespace, metadata=metadata, resend=resend
         )
         if invocation_id is not None:
-            error = BrokerError("timeout", f"{function_id} did not answer within {timeout_s:g} s")
-            late = Result(error=error_text(error))
+            late = _late(function_id, timeout_s)
             timer = loop.call_later(timeout_s, self._settle_late, invocation_id, late)
 
     async def call(
@@ -163,6 +202,7 @@ class Invocations:
         *,
         namespace: str = "default",
         metadata: bytes | None = None,
+        resend: bool = False,
     ) -> Result:
         """`call_within`, awaited."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -172,7 +212,13 @@ class Invocations:
                 future.set_result(result)
 
         self.call_within(
-            timeout_s, function_id, data, answered, namespace=namespace, metadata=metadata
+            timeout_s,
+            function_id,
+            data,
+            answered,
+            namespace=namespace,
+            metadata=metadata,
+            resend=resend,
         )
         return await future
 
@@ -190,24 +236,53 @@ class Invocations:
             self._settle(invocation_id, Result(error=error))
 
     def remove_worker(self, worker: Executor) -> None:
-        """The worker left: calls to it fail, its own are forgotten."""
+        """The worker left, its functions are gone already: calls to it go to the next worker or
+        fail, its own are forgotten."""
         for invocation_id in list(self._by_caller.get(worker, ())):
             self._remove(invocation_id)
         stopped = Result(error=error_text(BrokerError("invocation_stopped", "Invocation stopped")))
         for invocation_id in list(self._by_executor.get(worker, ())):
-            self._settle(invocation_id, stopped)
+            if not self._resend(invocation_id):
+                self._settle(invocation_id, stopped)
+
+    def _resend(self, invocation_id: str) -> bool:
+        """Send the call to the worker that serves its function now; False when it can't be."""
+        invocation = self._pending[invocation_id]
+        if invocation.again is None:
+            return False
+        namespace, function_id, payload = invocation.again
+        registration = self._functions.find(namespace, function_id)
+        if registration is None or not registration.worker.send_call(payload):
+            return False
+        self.resent_total += 1
+        _discard(self._by_executor, invocation.executor, invocation_id)
+        invocation.executor = registration.worker
+        self._by_executor.setdefault(registration.worker, {})[invocation_id] = None
+        return True
+
+    def _sweep(self) -> None:
+        """End the calls whose answer is not waited for any more."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._impatient:
+            invocation_id, until = next(iter(self._impatient.items()))
+            if until > now:
+                break
+            self._settle(invocation_id, _late("the handler", self._patience_s))
+        self._sweeping = bool(self._impatient)
+        if self._sweeping:
+            loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def _settle_late(self, invocation_id: str, result: Result) -> None:
         if invocation_id in self._pending:
             self._settle(invocation_id, result)
 
     def _settle(self, invocation_id: str, result: Result) -> None:
-        invocation = self._remove(invocation_id)
-        if invocation.answered is not None:
-            invocation.answered(result)
+        self._remove(invocation_id).answered(result)
 
     def _remove(self, invocation_id: str) -> Invocation:
         invocation = self._pending.pop(invocation_id)
+        self._impatient.pop(invocation_id, None)
         _discard(self._by_executor, invocation.executor, invocation_id)
         if invocation.caller is not None:
             _discard(self._by_caller, invocation.caller, invocation_id)
@@ -227,8 +302,13 @@ def not_found(function_id: str, namespace: str) -> BrokerError:
     )
 
 
-def _discard(index: dict[K, set[str]], key: K, invocation_id: str) -> None:
+def _late(function_id: str, timeout_s: float) -> Result:
+    error = BrokerError("timeout", f"{function_id} did not answer within {timeout_s:g} s")
+    return Result(error=error_text(error))
+
+
+def _discard(index: dict[K, dict[str, None]], key: K, invocation_id: str) -> None:
     ids = index[key]
-    ids.discard(invocation_id)
+    ids.pop(invocation_id, None)
     if not ids:
         del index[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -42,10 +43,13 @@ class Listener(ABC):
         self._server: asyncio.Server | None = None
         self._pinged: dict[Connection, float] = {}
 
-    async def start(self, listener: socket.socket) -> None:
-        """Serve on a listening socket."""
+    async def start(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Serve on a listening socket, with TLS or without."""
         self._server = await self._loop.create_server(
-            partial(Connection, self, self._now), sock=listener
+            partial(Connection, self, self._now),
+            sock=listener,
+            ssl=tls,
+            ssl_handshake_timeout=self.limits.handshake_timeout_s if tls else None,
         )
 
     async def watch(self) -> None:
@@ -59,7 +63,6 @@ class Listener(ABC):
         self.stop_listening()
         for connection in list(self.connections):
             if connection.open:
-                connection.resume_reading()  # for the answer to the close frame
                 connection.close(CloseCode.GOING_AWAY, reason)
             else:
                 connection.abort()

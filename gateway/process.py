@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from broker import locks, logs, service
 from broker.config import Config
 from broker.http import MetricsServer
-from broker.messages import Event, Message
+from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from gateway.auth import Auth
@@ -19,9 +20,11 @@ from gateway.custom_streams import CustomStreams
 from gateway.functions import Functions
 from gateway.hub import Hub
 from gateway.invocations import Executor, Invocations
+from gateway.leaves import Leaves
 from gateway.shard_links import ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
+from gateway.tls import context_of
 from gateway.triggers import Triggers
 from gateway.worker_port import WorkerPort
 
@@ -50,24 +53,31 @@ class Gateway:
             self,
         )
         self.functions = Functions[Executor]()
-        self.invocations = Invocations(self.functions, limits.worker_calls_in_flight_max)
+        self.invocations = Invocations(
+            self.functions, limits.worker_calls_in_flight_max, limits.handler_timeout_s
+        )
         self.triggers = Triggers(self.invocations, self._tell_shards, limits.trigger_timeout_s)
         self.custom = CustomStreams(self.functions, self.invocations, self.links)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
-        self.auth = Auth(settings.stream.auth_function, self.invocations, limits.auth_timeout_s)
+        self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
+        self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
         self.worker_port = WorkerPort(
             limits,
-            self.functions,
-            self.invocations,
-            self.triggers,
-            self.stream_calls,
+            allowed_origins=settings.worker.allowed_origins,
+            token=settings.worker.token or os.environ.get("III_TOKEN", "").strip(),
+            functions=self.functions,
+            invocations=self.invocations,
+            triggers=self.triggers,
+            stream_calls=self.stream_calls,
         )
         self.stream_port = StreamPort(
             limits,
+            settings.stream_access,
             hub=self.hub,
             auth=self.auth,
             triggers=self.triggers,
+            leaves=self.leaves,
             links=self.links,
             custom=self.custom,
             not_ready=self.not_ready,
@@ -82,6 +92,7 @@ class Gateway:
 
     def shard_linked(self, shard: int) -> None:
         link = self.links.links[shard]
+        self.leaves.shard_linked(link)
         for message in self.triggers.messages_for_shard():
             link.tell(message)
         self.stream_port.shard_linked(shard)
@@ -91,10 +102,15 @@ class Gateway:
         if event.triggers:
             self.triggers.fire_stream(event)
 
+    def left(self, left: Left) -> None:
+        self.triggers.fire_left(left)
+
     def batch_received(self) -> None:
         self.hub.flush()
 
     def _tell_shards(self, message: Message) -> None:
+        if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
+            self.leaves.lease_all(self.hub.all_subscriptions())
         for link in self.links.links:
             link.tell(message)
 
@@ -112,6 +128,8 @@ async def serve(process: Service) -> None:
         f"the run_dir {settings.run_dir}",
     )
     stream, worker, metrics_ports = settings.stream, settings.worker, settings.metrics
+    stream_tls = context_of(settings.stream_access.tls, "broker.stream.tls")
+    worker_tls = context_of(worker.tls, "broker.worker.tls")
     stream_socket = service.listening_socket(stream.host, stream.port, _STREAM_PORT_KEY)
     worker_socket = service.listening_socket(worker.host, worker.port, _WORKER_PORT_KEY)
     metrics_socket = service.listening_socket(
@@ -123,14 +141,14 @@ async def serve(process: Service) -> None:
     links = asyncio.create_task(gateway.links.run())
     await _wait_ready(process, gateway)
     ports = (gateway.stream_port, gateway.worker_port)
-    await gateway.worker_port.start(worker_socket)
-    await gateway.stream_port.start(stream_socket)
+    await gateway.worker_port.start(worker_socket, worker_tls)
+    await gateway.stream_port.start(stream_socket, stream_tls)
     watchers = [asyncio.create_task(port.watch()) for port in ports]
     if not process.stopping.is_set():
         process.ready(
             Ready(
-                stream=_url("ws", stream.host, stream_socket.getsockname()[1]),
-                worker=_url("ws", worker.host, worker_socket.getsockname()[1]),
+                stream=_url("wss" if stream_tls else "ws", stream.host, _port_of(stream_socket)),
+                worker=_url("wss" if worker_tls else "ws", worker.host, _port_of(worker_socket)),
                 metrics=_url("http", metrics_ports.host, metrics_port) + "/metrics",
             )
         )
@@ -146,6 +164,8 @@ async def serve(process: Service) -> None:
     for port in ports:
         try:
             async with asyncio.timeout(settings.limits.stop_timeout_s / 4):
+                if port is gateway.worker_port:
+                    await _tell_leaves(gateway)
                 await port.stop("the broker is stopping")
         except TimeoutError:
             for connection in list(port.connections):
@@ -161,6 +181,20 @@ async def _wait_ready(process: Service, gateway: Gateway) -> None:
     """Wait until every shard answers, or the process is told to stop."""
     while not gateway.links.ready and not process.stopping.is_set():
         await asyncio.sleep(_READY_POLL_S)
+
+
+async def _tell_leaves(gateway: Gateway) -> None:
+    """All clients are gone: tell the workers, also those whose conditions have to be asked."""
+    gateway.leaves.stop()
+    for connection in gateway.worker_port.connections:
+        connection.resume_reading()
+    while gateway.triggers.conditions_waiting:
+        await asyncio.sleep(_READY_POLL_S)
+
+
+def _port_of(listener: socket.socket) -> int:
+    port: int = listener.getsockname()[1]
+    return port
 
 
 def _url(scheme: str, host: str, port: int) -> str:
@@ -196,6 +230,26 @@ def _metrics(gateway: Gateway) -> Metrics:
         "Connections cut because the peer was silent or took nothing, by port.",
         lambda: [({"port": port.name}, port.dead_total) for port in ports],
     )
+    metrics.gauge(
+        "auth_waiting",
+        "Handshakes and renewals that wait for the auth function.",
+        lambda: gateway.auth.waiting,
+    )
+    metrics.counter(
+        "clients_expired",
+        "Clients closed because their authentication expired.",
+        lambda: stream.expired_total,
+    )
+    metrics.gauge(
+        "subscriptions_away",
+        "Subscriptions whose client may still come back.",
+        lambda: gateway.leaves.away,
+    )
+    metrics.counter(
+        "subscriptions_returned",
+        "Subscriptions whose client came back in time.",
+        lambda: gateway.leaves.returned_total,
+    )
     metrics.counters(
         "auth", "Answers of the auth function.", lambda: by_label("outcome", _auth(gateway))
     )
@@ -225,6 +279,11 @@ def _metrics(gateway: Gateway) -> Metrics:
         "custom_operations_refused",
         "Operations refused because too many wait for such a worker.",
         lambda: gateway.custom.refused_total,
+    )
+    metrics.counter(
+        "invocations_resent",
+        "Calls sent again because the worker that had them left.",
+        lambda: gateway.invocations.resent_total,
     )
     metrics.counter(
         "invocations_refused",

@@ -12,7 +12,17 @@ from broker import logs, messages
 from broker.errors import BrokerError, ShardUnavailable
 from broker.link import Link
 from broker.link_protocol import gateway_reader
-from broker.messages import Event, Failure, Heartbeat, Hello, Reply, Synced, ToGateway, Welcome
+from broker.messages import (
+    Event,
+    Failure,
+    Heartbeat,
+    Hello,
+    Left,
+    Reply,
+    Synced,
+    ToGateway,
+    Welcome,
+)
 from broker.names import Group
 from broker.routing import shard_of
 
@@ -35,6 +45,8 @@ class LinkUser(Protocol):
         """The shard knows nothing of this gateway: tell it what it has to know."""
 
     def event_received(self, shard: int, event: Event) -> None: ...
+
+    def left(self, left: Left) -> None: ...
 
     def batch_received(self) -> None:
         """All messages that came in one piece were handed over."""
@@ -212,6 +224,8 @@ class ShardLink:
                     answers.pop(message.call_id)(
                         BrokerError(message.code, message.message, message.field, message.retryable)
                     )
+                case Left():
+                    self._user.left(message)
                 case Heartbeat():
                     pass
                 case Welcome():

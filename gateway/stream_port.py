@@ -6,6 +6,7 @@ Protocol sections 5 and 6.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -14,20 +15,21 @@ from http import HTTPStatus
 from typing import assert_never
 from urllib.parse import unquote_to_bytes
 
-import msgspec
 from websockets.http11 import Request
 
 from broker import logs, messages
-from broker.config import Limits
+from broker.config import Limits, StreamAccess
 from broker.errors import BrokerError, InvalidRequest, LimitExceeded, ShardUnavailable
 from broker.messages import Event, Synced
 from broker.names import Group, check_name
 from broker.tasks import Tasks
 from gateway import stream_protocol as wire
-from gateway.auth import Auth, Outcome
+from gateway.access import Proxies, origin_allowed, origin_plausible
+from gateway.auth import Auth, Outcome, Verdict, auth_input, renewal_input
 from gateway.connection import Connection, plain_response
 from gateway.custom_streams import CustomStreams, Unread
 from gateway.hub import Hub, State, Subscription
+from gateway.leaves import Leaves, head_of, leave_payload
 from gateway.listener import Listener
 from gateway.shard_links import Answer, ShardLinks
 from gateway.triggers import Triggers
@@ -37,6 +39,12 @@ INBOX_MAX = 256
 """Messages of a client that wait for one before them; past it no more is read for now."""
 SYNC_RETRY_S = 2.0
 """After a sync that failed, when its subscription is tried again."""
+EXPIRED_CODE = 4401
+"""Close code: what the auth function allowed has expired."""
+DISCONNECTED_CODE = 4403
+"""Close code: a worker asked for it with `broker::disconnect`."""
+EXPIRY_CHECK_S = 3600.0
+"""At least so often the wall clock, which may be set, is asked about an expiry."""
 
 _WELCOME = """\
 This is a stream broker: it pushes every change of a group's items to whoever joined the group.
@@ -55,10 +63,12 @@ class StreamPort(Listener):
     def __init__(
         self,
         limits: Limits,
+        access: StreamAccess,
         *,
         hub: Hub,
         auth: Auth,
         triggers: Triggers,
+        leaves: Leaves,
         links: ShardLinks,
         custom: CustomStreams,
         not_ready: Callable[[], str | None],
@@ -69,13 +79,20 @@ class StreamPort(Listener):
         self.hub = hub
         self.auth = auth
         self.triggers = triggers
+        self.leaves = leaves
         self.links = links
         self.custom = custom
         self._not_ready = not_ready
+        self._allowed_origins = access.allowed_origins
+        self._proxies = Proxies(access.trusted_proxies)
         self.tasks = Tasks()
+        self.clients: dict[int, Client] = {}
+        """By number, in the order in which they came."""
+        self.clients_total = 0
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
         self.bad_messages_total = 0
         self.behind_total = 0
+        self.expired_total = 0
         self.frames_dropped_total = 0
 
     # Requests.
@@ -90,24 +107,41 @@ class StreamPort(Listener):
         except ValueError:
             self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
             return
+        if not self._origin_allowed(connection, request):
+            self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
+            return
         if (response := connection.check_handshake()) is not None:
             self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
             connection.respond(response)
-        elif self.auth.function_id is None:
-            Client(self, connection, b"null").start(joined)
+            return
+        address = self._proxies.client_address(request.headers, connection.remote_address)
+        if self.auth.function_id is None:
+            Client(self, connection, address).start(joined)
         else:
-            self.tasks.start(self._ask_auth(connection, request, joined))
+            self.tasks.start(self._ask_auth(connection, request, address, joined))
+
+    def _origin_allowed(self, connection: Connection, request: Request) -> bool:
+        if self._allowed_origins is not None:
+            return origin_allowed(request.headers, self._allowed_origins)
+        return origin_plausible(request.headers, connection.local_address)
 
     async def _ask_auth(
-        self, connection: Connection, request: Request, joined: tuple[Group, str | None] | None
+        self,
+        connection: Connection,
+        request: Request,
+        address: str,
+        joined: tuple[Group, str | None] | None,
     ) -> None:
-        verdict = await self.auth.ask(request, connection.remote_address)
+        question = auth_input(request, address)
+        verdict = await self.auth.ask(question)
         match verdict.outcome:
             case Outcome.ACCEPTED:
-                Client(self, connection, verdict.context).start(joined)
+                client = Client(self, connection, address)
+                client.authorize(question, verdict)
+                client.start(joined)
             case Outcome.REFUSED | Outcome.FAILED:
                 self.refuse(connection, HTTPStatus.UNAUTHORIZED, "unauthorized\n", "unauthorized")
-            case Outcome.UNAVAILABLE:
+            case Outcome.UNAVAILABLE | Outcome.OVERLOADED:
                 text = "authentication is not available\n"
                 self.refuse(connection, HTTPStatus.SERVICE_UNAVAILABLE, text, "auth_unavailable")
             case _:
@@ -155,10 +189,16 @@ class StreamPort(Listener):
 class Client:
     """A connected client and its subscriptions."""
 
-    def __init__(self, port: StreamPort, connection: Connection, context: bytes) -> None:
+    def __init__(self, port: StreamPort, connection: Connection, address: str) -> None:
         self._port = port
         self._connection = connection
-        self._context = context
+        self.address = address
+        self.context = b"null"
+        self.connected_at_ms = time.time_ns() // 1_000_000
+        self.expires_at_ms: float | None = None
+        self.number = 0
+        self._question = b""  # what the auth function was asked
+        self._expiry: asyncio.TimerHandle | None = None
         self._subscriptions: dict[str, Subscription] = {}
         self._inbox: deque[bytes | wire.JoinData] = deque()
         self._handling = False  # a message that has to wait for an answer
@@ -173,7 +213,42 @@ class Client:
             group, item_id = joined
             self._inbox.append(wire.JoinData(str(uuid.uuid4()), *group, item_id))
         if self._connection.accept(self):
+            self._port.clients_total += 1
+            self.number = self._port.clients_total
+            self._port.clients[self.number] = self
+            self._watch_expiry()
             self._handle_inbox()
+
+    def authorize(self, question: bytes, verdict: Verdict) -> None:
+        """Take what the auth function answered to `question`, that of the handshake."""
+        self._question = question
+        self.expires_at_ms = verdict.expires_at_ms
+        if verdict.context != self.context:
+            self.context = verdict.context
+            self._port.leaves.renewed(self._subscriptions.values())
+
+    def disconnect(self, code: int, reason: str) -> None:
+        """Close the connection; its subscriptions end now, not when the client agrees."""
+        self._connection.close(code, reason)
+        self._end_all()
+
+    @property
+    def subscriptions(self) -> list[Subscription]:
+        """Those that stand."""
+        return list(self._subscriptions.values())
+
+    def _watch_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self.expires_at_ms is None:
+            return
+        left_s = self.expires_at_ms / 1000 - time.time()
+        if left_s <= 0:
+            self._port.expired_total += 1
+            self.disconnect(EXPIRED_CODE, "the authentication has expired")
+            return
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_later(min(left_s, EXPIRY_CHECK_S), self._watch_expiry)
 
     # Subscriber.
 
@@ -203,10 +278,18 @@ class Client:
             self._connection.pause_reading()
 
     def closed(self) -> None:
+        self._end_all()
+
+    def _end_all(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._inbox.clear()
-        for subscription in list(self._subscriptions.values()):
-            self._end(subscription)
+        del self._port.clients[self.number]
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for subscription in self.subscriptions:
+            self._end(subscription, on_purpose=self._port.stopping)
 
     # Messages, one after the other.
 
@@ -238,6 +321,8 @@ class Client:
                         self._join(message.data)
                     case wire.Leave():
                         self._leave(message.data)
+                    case wire.Auth():
+                        self._renew(bytes(message.data))
                     case None:
                         pass
                     case _:
@@ -272,10 +357,13 @@ class Client:
         self._port.tasks.start(self._ask_triggers(data))
 
     async def _ask_triggers(self, data: wire.JoinData) -> None:
-        allowed = await self._port.triggers.may_join(
-            data.stream_name, data.group_id, self._trigger_payload(data)
-        )
+        group = Group(data.stream_name, data.group_id)
+        subscription = Subscription(self, data.subscription_id, group, data.id)
+        payload = leave_payload(head_of(subscription), self.context)
+        allowed = await self._port.triggers.may_join(*group, payload)
         if self._closed:
+            if allowed:  # whoever allowed it takes the client for joined
+                self._port.triggers.fire_leave(*group, payload)
             return
         if allowed:
             self._subscribe(data)
@@ -295,7 +383,9 @@ class Client:
         subscription = Subscription(self, data.subscription_id, group, data.id)
         self._port.hub.add(subscription)
         self._subscriptions[data.subscription_id] = subscription
+        self._port.leaves.joined(subscription)
         if earlier is not None:
+            self._port.leaves.replaced(earlier)
             self._forget(earlier)
         self._first_sync(subscription)
 
@@ -308,19 +398,37 @@ class Client:
     def _leave(self, data: wire.JoinData) -> None:
         subscription = self._subscriptions.get(data.subscription_id)
         if subscription is not None:
-            self._end(subscription)
+            self._end(subscription, on_purpose=True)
 
-    def _end(self, subscription: Subscription) -> None:
+    def _end(self, subscription: Subscription, *, on_purpose: bool) -> None:
         """A subscription is over: take it out of delivery, then tell the leave triggers."""
         del self._subscriptions[subscription.subscription_id]
         self._forget(subscription)
-        stream, group_id = subscription.group
-        data = wire.JoinData(subscription.subscription_id, stream, group_id, subscription.item_id)
-        self._port.triggers.fire_leave(stream, group_id, self._trigger_payload(data))
+        self._port.leaves.left(subscription, on_purpose=on_purpose)
 
     def _forget(self, subscription: Subscription) -> None:
         if self._port.hub.remove(subscription):
             self._port.links.of(subscription.group).tell(messages.Leave(*subscription.group))
+
+    # Renewals.
+
+    def _renew(self, data: bytes) -> None:
+        if self._port.auth.function_id is None:
+            raise InvalidRequest("auth_not_configured", "there is no auth function to ask", "type")
+        self._handling = True
+        self._port.tasks.start(self._ask_again(data))
+
+    async def _ask_again(self, data: bytes) -> None:
+        verdict = await self._port.auth.ask(renewal_input(self._question, data))
+        if self._closed:
+            return
+        if verdict.outcome is Outcome.ACCEPTED:
+            self.authorize(self._question, verdict)
+            self._watch_expiry()
+            self._tell(wire.authenticated(self.expires_at_ms))
+        else:
+            self._tell(wire.auth_error(verdict.outcome in _NOT_NOW))
+        self._go_on()
 
     # Syncs.
 
@@ -387,18 +495,8 @@ class Client:
         if not self._connection.send(text_frame(payload)):
             self._port.frames_dropped_total += 1
 
-    def _trigger_payload(self, data: wire.JoinData) -> bytes:
-        return msgspec.json.encode(
-            {
-                "subscription_id": data.subscription_id,
-                "stream_name": data.stream_name,
-                "group_id": data.group_id,
-                "id": data.id,
-                "context": msgspec.Raw(self._context),
-            }
-        )
 
-
+_NOT_NOW = (Outcome.UNAVAILABLE, Outcome.OVERLOADED)
 _PAGES = ("/", "/healthz", "/readyz")
 
 

@@ -28,7 +28,13 @@ class Leave(msgspec.Struct, tag_field="type", tag="leave"):
     data: JoinData
 
 
-ClientMessage = Join | Leave
+class Auth(msgspec.Struct, tag_field="type", tag="auth"):
+    """A fresh token, or what else the auth function understands."""
+
+    data: msgspec.Raw
+
+
+ClientMessage = Join | Leave | Auth
 
 _decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _encode = msgspec.json.encode
@@ -72,6 +78,22 @@ def envelope(stream: str, group_id: str, item_id: str | None, event: dict[str, A
             "event": event,
         }
     )
+
+
+def authenticated(expires_at_ms: float | None) -> bytes:
+    """The envelope that tells a client that its renewal was accepted."""
+    expires_at = None if expires_at_ms is None else int(expires_at_ms)
+    return envelope("", "", None, {"type": "authenticated", "expiresAt": expires_at})
+
+
+def auth_error(retryable: bool) -> bytes:
+    """The envelope that tells a client that its renewal was not accepted, or not answered."""
+    event: dict[str, Any] = {"type": "error", "code": "unauthorized"}
+    event["message"] = "the auth function did not accept the data; what held before still does"
+    if retryable:
+        event["code"] = "auth_unavailable"
+        event["message"] = "the auth function can't be asked now; what held before still does"
+    return envelope("", "", None, event)
 
 
 def _data_of(text: bytes) -> dict[str, Any]:

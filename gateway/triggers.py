@@ -15,7 +15,7 @@ import msgspec
 
 from broker import logs
 from broker.errors import InvalidRequest
-from broker.messages import AddTrigger, Event, Message, RemoveTrigger
+from broker.messages import AddLeaveTrigger, AddTrigger, Event, Left, Message, RemoveTrigger
 from gateway.decoding import located
 from gateway.invocations import Executor, Invocations, Result
 from gateway.worker_protocol import (
@@ -88,6 +88,7 @@ class Trigger:
         self.metadata = present(message.metadata)
         self.parsed: StreamConfig | JoinConfig | None = None
         self.provider: Worker | None = None
+        self.told = False  # to the shards; of a leave trigger
 
     @property
     def parked(self) -> bool:
@@ -121,6 +122,7 @@ class Triggers:
         self._tell_shards = tell_shards
         self._timeout_s = timeout_s
         self._triggers: dict[str, Trigger] = {}
+        self._by_type: dict[str, dict[str, Trigger]] = {}
         self._types: dict[str, TriggerType] = {}
         self._waiting: dict[tuple[str, str, str], deque[bytes]] = {}
         self.outcomes_total = {
@@ -150,8 +152,11 @@ class Triggers:
         if (earlier := self._triggers.get(trigger.id)) is not None:
             self._remove(earlier, successor=trigger)
         self._triggers[trigger.id] = trigger
+        self._by_type.setdefault(trigger.type, {})[trigger.id] = trigger
         if trigger.type == STREAM:
             self._tell_shards(_to_shard(trigger))
+        elif trigger.type == LEAVE:
+            self.functions_changed()
         elif trigger.type not in BUILTIN_TYPES:
             if (kind := self._types.get(trigger.type)) is not None:
                 self._provide(trigger, kind.provider)
@@ -170,9 +175,8 @@ class Triggers:
             _log.warning("trigger_type_refused", id=definition.id, reason="it is built in")
             return
         self._types[definition.id] = TriggerType(worker, definition)
-        for trigger in self._triggers.values():
-            if trigger.type == definition.id:
-                self._provide(trigger, worker)
+        for trigger in self._of_type(definition.id):
+            self._provide(trigger, worker)
 
     def unregister_type(self, worker: Worker, type_id: str) -> None:
         """The worker provides the type no more; its triggers are parked."""
@@ -180,9 +184,17 @@ class Triggers:
         if kind is None or kind.provider is not worker:
             return
         del self._types[type_id]
-        for trigger in self._triggers.values():
-            if trigger.type == type_id:
-                trigger.provider = None
+        for trigger in self._of_type(type_id):
+            trigger.provider = None
+
+    def functions_changed(self) -> None:
+        """Leave triggers whose function is there can tell what a dead gateway left untold."""
+        for trigger in self._of_type(LEAVE):
+            if not trigger.told and self._invocations.serves(
+                trigger.namespace, trigger.function_id
+            ):
+                trigger.told = True
+                self._tell_shards(_leave_to_shard(trigger))
 
     def provider_answered(self, worker: Worker, trigger_id: str, error: bytes | None) -> None:
         """The provider's answer to a forwarded registration; an error parks the trigger."""
@@ -217,9 +229,17 @@ class Triggers:
 
     # Firing.
 
-    def messages_for_shard(self) -> list[AddTrigger]:
+    @property
+    def conditions_waiting(self) -> bool:
+        """Whether events wait for conditions."""
+        return bool(self._waiting)
+
+    def messages_for_shard(self) -> list[AddTrigger | AddLeaveTrigger]:
         """All that a shard has to know, in order of registration."""
-        return [_to_shard(t) for t in self._triggers.values() if t.type == STREAM]
+        return [
+            *(_to_shard(t) for t in self._of_type(STREAM)),
+            *(_leave_to_shard(t) for t in self._of_type(LEAVE) if t.told),
+        ]
 
     def fire_stream(self, event: Event) -> None:
         """Invoke the triggers that the shard matched, in their order."""
@@ -230,14 +250,24 @@ class Triggers:
 
     def fire_engine(self, trigger_type: str, data: bytes) -> None:
         """Invoke every trigger of an `engine::` type."""
-        for trigger in list(self._triggers.values()):
-            if trigger.type == trigger_type:
-                self._invoke(trigger, data)
+        for trigger in self._of_type(trigger_type):
+            self._invoke(trigger, data)
 
     def fire_leave(self, stream: str, group_id: str, payload: bytes) -> None:
         """Tell that a subscription ended; results are ignored."""
         for trigger in self._of_group(LEAVE, stream, group_id):
             self._fire(trigger, stream, group_id, payload)
+
+    def fire_left(self, left: Left) -> None:
+        """Tell one trigger of a subscription that ended with the gateway that held it."""
+        trigger = self._triggers.get(left.trigger_id)
+        if trigger is not None and trigger.type == LEAVE:
+            self._fire(trigger, left.stream, left.group_id, left.payload)
+
+    @property
+    def has_leave(self) -> bool:
+        """Whether anybody wants to be told of leaves."""
+        return LEAVE in self._by_type
 
     def has_join(self, stream: str, group_id: str) -> bool:
         """Whether anybody has to be asked about a join."""
@@ -276,7 +306,12 @@ class Triggers:
         self, function_id: str, namespace: str, data: bytes, metadata: bytes | None
     ) -> Result:
         return await self._invocations.call(
-            function_id, data, self._timeout_s, namespace=namespace, metadata=metadata
+            function_id,
+            data,
+            self._timeout_s,
+            namespace=namespace,
+            metadata=metadata,
+            resend=True,
         )
 
     def _fire(self, trigger: Trigger, stream: str, group_id: str, payload: bytes) -> None:
@@ -301,6 +336,7 @@ class Triggers:
             self._waiting[key][0],
             partial(self._condition_answered, trigger, condition, key),
             namespace=trigger.namespace,
+            resend=True,
         )
 
     def _condition_answered(
@@ -327,8 +363,10 @@ class Triggers:
             data,
             partial(self._handled, trigger),
             namespace=trigger.namespace,
-            caller=trigger,
+            caller=None if trigger.type == LEAVE else trigger,  # each leave is told
             metadata=trigger.metadata,
+            resend=True,
+            patient=False,
         )
 
     def _handled(self, trigger: Trigger, result: Result) -> None:
@@ -339,11 +377,12 @@ class Triggers:
     def _of_group(self, trigger_type: str, stream: str, group_id: str) -> list[Trigger]:
         return [
             t
-            for t in self._triggers.values()
-            if t.type == trigger_type
-            and isinstance(t.parsed, JoinConfig)
-            and t.parsed.matches(stream, group_id)
+            for t in self._by_type.get(trigger_type, {}).values()
+            if isinstance(t.parsed, JoinConfig) and t.parsed.matches(stream, group_id)
         ]
+
+    def _of_type(self, trigger_type: str) -> list[Trigger]:
+        return list(self._by_type.get(trigger_type, {}).values())
 
     def _provide(self, trigger: Trigger, provider: Worker) -> None:
         trigger.provider = provider
@@ -352,6 +391,12 @@ class Triggers:
     def _remove(self, trigger: Trigger, successor: Trigger | None = None) -> None:
         """Take a trigger out; whoever serves it learns of a `successor` of its type by that."""
         del self._triggers[trigger.id]
+        alike = self._by_type[trigger.type]
+        del alike[trigger.id]
+        if not alike:
+            del self._by_type[trigger.type]
+        if trigger.told:
+            self._tell_shards(RemoveTrigger(trigger.id))
         if successor is not None and successor.type == trigger.type:
             return
         if trigger.type == STREAM:
@@ -394,6 +439,13 @@ def _to_shard(trigger: Trigger) -> AddTrigger:
     config = trigger.parsed
     assert isinstance(config, StreamConfig)
     return AddTrigger(trigger.id, config.stream_name, config.group_id, config.item_id)
+
+
+def _leave_to_shard(trigger: Trigger) -> AddLeaveTrigger:
+    config = trigger.parsed
+    assert isinstance(config, JoinConfig)
+    likeness = "\0".join((trigger.namespace, trigger.function_id, trigger.config.decode()))
+    return AddLeaveTrigger(trigger.id, likeness, config.stream_name, config.group_id)
 
 
 def _unauthorized(result: bytes | None) -> bytes | None:

@@ -9,6 +9,7 @@ import hmac
 import time
 import unicodedata
 import uuid
+from collections.abc import Collection
 from functools import partial
 from http import HTTPStatus
 from typing import Any, assert_never
@@ -22,6 +23,7 @@ from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
 from gateway import worker_protocol as wire
+from gateway.access import origin_allowed, token_given
 from gateway.connection import Connection
 from gateway.engine_functions import Availability, EngineFunctions, WorkerInfo
 from gateway.functions import BUILTINS, Functions
@@ -48,6 +50,9 @@ class WorkerPort(Listener):
     def __init__(
         self,
         limits: Limits,
+        *,
+        allowed_origins: Collection[str],
+        token: str,
         functions: Functions[Executor],
         invocations: Invocations,
         triggers: Triggers,
@@ -56,6 +61,8 @@ class WorkerPort(Listener):
         super().__init__(
             "worker", limits, limits.worker_message_bytes_max, limits.worker_send_queue_bytes_max
         )
+        self._allowed_origins = allowed_origins
+        self._token = token
         self.functions = functions
         self.invocations = invocations
         self.triggers = triggers
@@ -71,8 +78,13 @@ class WorkerPort(Listener):
         path = request.path.partition("?")[0]
         if path not in ("/", "/otel"):
             self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
-        elif "Origin" in request.headers:  # any web page can reach its visitor's loopback
+        elif not origin_allowed(request.headers, self._allowed_origins):
+            # Any web page can reach its visitor's loopback.
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
+        elif path == "/" and self._token and not token_given(request.headers, self._token):
+            # Not for telemetry: there is nothing to be had, and not every SDK sends it there.
+            text = "send the worker token as Authorization: Bearer\n"
+            self.refuse(connection, HTTPStatus.UNAUTHORIZED, text, "unauthorized")
         elif (response := connection.check_handshake()) is not None:
             self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
             connection.respond(response)
@@ -214,6 +226,7 @@ class Worker:
         else:
             owner = self._port.functions.register(self._namespace, self, message)
             self._port.availability.functions_changed()
+            self._port.triggers.functions_changed()
             if owner is not None:
                 owner_id = owner.worker_id
         if owner_id is not None:
@@ -305,6 +318,7 @@ class Worker:
         if isinstance(namespace, str) and namespace != self._namespace:
             self._port.functions.move_worker(self, self._namespace, namespace)
             self._namespace = namespace
+            self._port.triggers.functions_changed()
         self._port.availability.worker("worker_metadata_updated", self.worker_id)
         self._answer_result(call, b'{"success":true}')
 

@@ -18,7 +18,8 @@ from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from shards import manifest
-from shards.requests import Requests
+from shards.leases import Leases
+from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.sqlite import SqliteStorage
@@ -52,7 +53,8 @@ async def serve(process: Service) -> None:
     )
     storage = _storage(settings, index)
     await storage.open()
-    requests = Requests(index, settings.shards, storage)
+    leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
+    requests = Requests(index, settings.shards, storage, leases)
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(
@@ -135,6 +137,20 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
         "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total
     )
     metrics.gauge("triggers", "Triggers registered.", lambda: len(requests.triggers))
+    metrics.gauge("leases", "Subscriptions that gateways hold.", lambda: len(requests.leases))
+    metrics.gauge(
+        "leaves_owed",
+        "Leaves of dead gateways that wait for their trigger.",
+        lambda: requests.leases.owed,
+    )
+    metrics.counter(
+        "leaves_told", "Leaves told for dead gateways.", lambda: requests.leases.told_total
+    )
+    metrics.counter(
+        "leaves_dropped",
+        "Leaves of dead gateways whose trigger did not come back in time.",
+        lambda: requests.leases.dropped_total,
+    )
     metrics.gauge("links", "Gateways linked.", lambda: len(requests.links))
     metrics.gauge(
         "link_queue_bytes",

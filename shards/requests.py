@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import assert_never
 
 import msgspec
@@ -16,8 +17,11 @@ from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, sync_payload
 from shards.group import Change, GroupState, Operation, Snapshot
+from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
+
+_TIMER_SLACK_S = 0.01  # the loop may run a timer a moment early
 
 WAITING_MAX = 200_000
 """Operations that wait in the shard; past it calls are refused with `overloaded`."""
@@ -40,12 +44,15 @@ GatewayLink = Link[ToShard]
 class Requests:
     """The shard's side of all links: takes messages, answers, and tells who is interested."""
 
-    def __init__(self, shard: int, shards: int, storage: Storage) -> None:
+    def __init__(
+        self, shard: int, shards: int, storage: Storage, leases: Leases[GatewayLink]
+    ) -> None:
         self._shard = shard
         self._shards = shards
         self._storage = storage
         self.committer = Committer[GatewayLink](storage, self._settle)
         self.triggers = Triggers[GatewayLink]()
+        self.leases = leases
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
         self._tasks = Tasks()
@@ -66,6 +73,13 @@ class Requests:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
         self.triggers.remove_all(link)
+        loop = asyncio.get_running_loop()
+        for due_at in self.leases.gateway_lost(link, loop.time()):
+            loop.call_at(due_at + _TIMER_SLACK_S, self._leaves_due)
+
+    def _leaves_due(self) -> None:
+        for link, left in self.leases.due(asyncio.get_running_loop().time()):
+            link.send(left)
 
     def messages_received(self, link: GatewayLink, received: list[ToShard]) -> None:
         """Take what came in one piece; operations of it on one stream share a commit."""
@@ -109,12 +123,22 @@ class Requests:
                 self.triggers.add(link, message)
             case messages.RemoveTrigger():
                 self.triggers.remove(link, message.trigger_id)
+                self.leases.remove_trigger(link, message.trigger_id)
+            case messages.Lease():
+                self.leases.add(link, message, asyncio.get_running_loop().time())
+            case messages.EndLease():
+                self.leases.end(link, message.lease_id)
+            case messages.AddLeaveTrigger():
+                now = asyncio.get_running_loop().time()
+                for left in self.leases.add_trigger(link, message, now):
+                    link.send(left)
             case messages.Heartbeat():
                 link.send(message)
             case messages.Hello():
                 if message.version != messages.VERSION:
                     link.cut(f"the gateway speaks version {message.version} of the link")
                 else:
+                    self.leases.gateway_linked(link, message.gateway_id)
                     link.send(Welcome(messages.VERSION, self._shard, self._shards))
             case _:
                 assert_never(message)
