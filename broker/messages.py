@@ -69,7 +69,9 @@ class Send(GroupCall, tag=6):
 
 
 class List(GroupCall, tag=7):
-    """All values of a group, in order of first insertion."""
+    """All values of a group, in order of first insertion; `with_ids`: as pairs with their ids."""
+
+    with_ids: bool = False
 
 
 class Join(GroupCall, tag=8):

@@ -179,7 +179,8 @@ class CustomStreams:
             case messages.Get() if self.serves(group.stream, "get"):
                 return _passed_on_or_raise(await self._invoke("get", group, call.item_id, {}))
             case messages.List() if self.serves(group.stream, "list"):
-                return _passed_on_or_raise(await self._invoke("list", group, None, {}))
+                values = _passed_on_or_raise(await self._invoke("list", group, None, {}))
+                return _without_ids(values) if call.with_ids else values
             case messages.Set() if self.serves(group.stream, "set"):
                 return await self._set(group, call.item_id, call.data, b"")
             case messages.Delete() if self.serves(group.stream, "delete"):
@@ -288,6 +289,11 @@ def _passed_on_or_raise(result: Result) -> bytes | None:
     if isinstance(answer, BrokerError):
         raise answer
     return answer
+
+
+def _without_ids(values: bytes | None) -> bytes:
+    """What a worker listed in the form that has ids, which it does not tell."""
+    return _encode([{"item_id": None, "value": v} for v in _converted(values or b"[]", list[Raw])])
 
 
 def _stored(result: Result, code: str, what: str) -> _Stored:

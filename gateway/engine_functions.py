@@ -462,7 +462,7 @@ def _rank(search: str | None, function_id: str, description: str | None) -> int 
 
 
 def _is_internal(function_id: str, definition: RegisterFunction) -> bool:
-    if function_id.startswith("engine::"):
+    if function_id.startswith(("engine::", "broker::")):
         return True
     metadata = present(definition.metadata)
     if metadata is None or not metadata.startswith(b"{"):

@@ -30,7 +30,13 @@ ENGINE_FUNCTIONS = {
     "engine::workers::list": "List the connected workers",
     "engine::workers::register": "Say who the calling worker is",
 }
-BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS
+BROKER_FUNCTIONS = {
+    "broker::connections": "List the connected clients",
+    "broker::disconnect": "Close the connections of clients",
+    "broker::items": "List the items of a stream group with their ids",
+    "broker::members": "List the subscriptions of a stream group",
+}
+BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS | BROKER_FUNCTIONS
 """Ids and descriptions of the functions that the broker answers itself."""
 
 _CUSTOM = re.compile(r"stream::(?:get|set|delete|list|list_groups|update)\((.*)\)", re.DOTALL)

@@ -40,7 +40,7 @@ class Subscriber(Protocol):
 class Subscription:
     """One join of one connection. `item_id` None: of the whole group."""
 
-    __slots__ = ("group", "item_id", "state", "subscriber", "subscription_id")
+    __slots__ = ("group", "item_id", "number", "state", "subscriber", "subscription_id")
 
     def __init__(
         self, subscriber: Subscriber, subscription_id: str, group: Group, item_id: str | None
@@ -49,6 +49,7 @@ class Subscription:
         self.subscription_id = subscription_id
         self.group = group
         self.item_id = item_id
+        self.number = 0  # of the hub, in the order of the joins
         self.state = State.JOINING
 
 
@@ -80,6 +81,7 @@ class Hub:
         self._groups: dict[tuple[str, str], _HubGroup] = {}
         self._turn: dict[tuple[str, str], _HubGroup] = {}
         self.subscriptions = 0
+        self.subscriptions_total = 0
         self.events_total = 0
         self.deliveries_total = 0
         self.gaps_total = 0
@@ -92,6 +94,8 @@ class Hub:
         group = self._groups.setdefault(subscription.group, _HubGroup())
         group.subscriptions[subscription] = None
         self.subscriptions += 1
+        self.subscriptions_total += 1
+        subscription.number = self.subscriptions_total
 
     def remove(self, subscription: Subscription) -> bool:
         """Take a subscription out; True when it was the last of its group."""
@@ -108,6 +112,11 @@ class Hub:
     def has(self, group: tuple[str, str]) -> bool:
         """Whether anybody is subscribed to the group."""
         return group in self._groups
+
+    def of_group(self, group: tuple[str, str]) -> list[Subscription]:
+        """The subscriptions of a group, in the order of their joins."""
+        found = self._groups.get(group)
+        return list(found.subscriptions) if found is not None else []
 
     def synced(self, subscription: Subscription, seq: int) -> list[Subscription]:
         """The sync of `subscription`, as of `seq`, is about to be sent: it is live after it.

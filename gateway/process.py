@@ -16,6 +16,7 @@ from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from gateway.auth import Auth
+from gateway.broker_functions import BrokerFunctions
 from gateway.custom_streams import CustomStreams
 from gateway.functions import Functions
 from gateway.hub import Hub
@@ -45,10 +46,10 @@ class Gateway:
     """The parts, wired."""
 
     def __init__(self, settings: Config) -> None:
-        limits = settings.limits
+        limits, gateway_id = settings.limits, str(uuid.uuid4())
         self.links = ShardLinks(
             [service.shard_socket(settings, shard) for shard in range(settings.shards)],
-            str(uuid.uuid4()),
+            gateway_id,
             limits.link_queue_bytes_max,
             self,
         )
@@ -62,15 +63,6 @@ class Gateway:
         self.hub = Hub()
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
         self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
-        self.worker_port = WorkerPort(
-            limits,
-            allowed_origins=settings.worker.allowed_origins,
-            token=settings.worker.token or os.environ.get("III_TOKEN", "").strip(),
-            functions=self.functions,
-            invocations=self.invocations,
-            triggers=self.triggers,
-            stream_calls=self.stream_calls,
-        )
         self.stream_port = StreamPort(
             limits,
             settings.stream_access,
@@ -81,6 +73,16 @@ class Gateway:
             links=self.links,
             custom=self.custom,
             not_ready=self.not_ready,
+        )
+        self.worker_port = WorkerPort(
+            limits,
+            allowed_origins=settings.worker.allowed_origins,
+            token=settings.worker.token or os.environ.get("III_TOKEN", "").strip(),
+            functions=self.functions,
+            invocations=self.invocations,
+            triggers=self.triggers,
+            stream_calls=self.stream_calls,
+            broker_functions=BrokerFunctions(self.stream_port, gateway_id),
         )
 
     def not_ready(self) -> str | None:

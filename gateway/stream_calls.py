@@ -70,6 +70,7 @@ class StreamCalls:
             "stream::list": self._list,
             "stream::list_groups": self._list_groups,
             "stream::list_all": self._list_all,
+            "broker::items": self._items,
         }
         self.calls_total = dict.fromkeys(self._functions, 0)
 
@@ -118,6 +119,11 @@ class StreamCalls:
         i = _decode(_group_decoder, "list", data)
         group = self._group(i.stream_name, i.group_id)
         self._ask(group, messages.List(0, *group), answered)
+
+    def _items(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_group_decoder, "items", data, "broker")
+        group = self._group(i.stream_name, i.group_id)
+        self._ask(group, messages.List(0, *group, with_ids=True), answered)
 
     def _list_groups(self, data: bytes, answered: Answered) -> None:
         stream = _decode(_stream_decoder, "list_groups", data).stream_name
@@ -206,11 +212,13 @@ def _merged_streams(results: list[bytes]) -> bytes:
     return msgspec.json.encode({"stream": streams, "count": len(streams)})
 
 
-def _decode(decoder: msgspec.json.Decoder[_Input], function: str, data: bytes) -> _Input:
+def _decode(
+    decoder: msgspec.json.Decoder[_Input], function: str, data: bytes, module: str = "stream"
+) -> _Input:
     try:
         return decoder.decode(data)
     except msgspec.DecodeError as error:
-        raise deserialization_error(f"stream::{function}", error) from None
+        raise deserialization_error(f"{module}::{function}", error) from None
 
 
 def deserialization_error(function_id: str, error: msgspec.DecodeError) -> InvalidRequest:

@@ -24,6 +24,7 @@ from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
 from gateway import worker_protocol as wire
 from gateway.access import origin_allowed, token_given
+from gateway.broker_functions import BrokerFunctions
 from gateway.connection import Connection
 from gateway.engine_functions import Availability, EngineFunctions, WorkerInfo
 from gateway.functions import BUILTINS, Functions
@@ -57,6 +58,7 @@ class WorkerPort(Listener):
         invocations: Invocations,
         triggers: Triggers,
         stream_calls: StreamCalls,
+        broker_functions: BrokerFunctions,
     ) -> None:
         super().__init__(
             "worker", limits, limits.worker_message_bytes_max, limits.worker_send_queue_bytes_max
@@ -67,6 +69,7 @@ class WorkerPort(Listener):
         self.invocations = invocations
         self.triggers = triggers
         self.stream_calls = stream_calls
+        self.broker_functions = broker_functions
         self.workers: dict[str, Worker] = {}
         self.infos: dict[str, WorkerInfo] = {}
         self.engine = EngineFunctions(functions, invocations, triggers, self.infos)
@@ -246,6 +249,9 @@ class Worker:
                 self._connection.pause_reading()
             return
         self._stream_calls -= 1
+        data, answered = bytes(call.data), partial(self._answered, call)
+        if self._port.broker_functions.call(call.function_id, data, answered):
+            return
         if call.function_id == _REGISTER:
             self._register_worker(call)
         elif call.function_id in BUILTINS:
@@ -255,13 +261,16 @@ class Worker:
 
     def _stream_answered(self, call: wire.InvokeFunction, answer: Answer) -> None:
         self._stream_calls -= 1
+        self._answered(call, answer)
+        if self._reading_paused:
+            self._read_on()
+
+    def _answered(self, call: wire.InvokeFunction, answer: Answer) -> None:
         if isinstance(answer, Reply):
             self._answer_result(call, answer.result)
         else:
             assert isinstance(answer, BrokerError), "only joins are answered with a sync"
             self._answer_error(call, wire.error_text(answer))
-        if self._reading_paused:
-            self._read_on()
 
     def _read_on(self) -> None:
         if self._reading_paused and self._stream_calls <= STREAM_CALLS_MAX // 2:

@@ -154,7 +154,8 @@ class GroupState:
                 kind = Kind(operation.kind)
                 return self._tell(kind, operation.item_id, operation.data, now_ms)
             case messages.List():
-                return Done(self.values(bytes_max))
+                read = self.entries if operation.with_ids else self.values
+                return Done(read(bytes_max))
             case messages.Join():
                 item_id = operation.item_id
                 if operation.data is not None:
@@ -173,6 +174,19 @@ class GroupState:
         """
         self.check_size(bytes_max)
         return b"[" + b",".join(self.items.values()) + b"]"
+
+    def entries(self, bytes_max: int) -> bytes:
+        """The JSON list of all items as `{"item_id", "value"}`.
+
+        Raises:
+            LimitExceeded: their values have more than `bytes_max` bytes.
+        """
+        self.check_size(bytes_max)
+        entries = (
+            b'{"item_id":' + _encode(item_id) + b',"value":' + value + b"}"
+            for item_id, value in self.items.items()
+        )
+        return b"[" + b",".join(entries) + b"]"
 
     def check_size(self, bytes_max: int) -> None:
         """Refuse to read the whole group when it is too large for one answer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self, cast
 
@@ -42,6 +43,7 @@ class Connection:
         url: str,
         headers: Mapping[str, str] | None = None,
         subprotocols: list[str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> Self:
         """Connect to `url`. Raises what `websockets` raises when the upgrade is refused."""
         socket = await connect(
@@ -54,6 +56,7 @@ class Connection:
             open_timeout=PATIENCE_S,
             close_timeout=PATIENCE_S,
             proxy=None,
+            ssl=tls,
         )
         return cls(socket)
 

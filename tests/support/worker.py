@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
@@ -62,9 +63,10 @@ class Worker(Connection):
         url: str,
         headers: Mapping[str, str] | None = None,
         subprotocols: list[str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> Self:
         """Connect and take the greeting."""
-        worker = await super().open(url, headers, subprotocols)
+        worker = await super().open(url, headers, subprotocols, tls)
         worker.handlers = {}
         worker.invocations = []
         worker.log = []
