@@ -19,10 +19,12 @@ WITHOUT_IO = [
     "broker/link_protocol.py",
     "broker/names.py",
     "broker/routing.py",
+    "gateway/access.py",
     "gateway/hub.py",
     "gateway/stream_protocol.py",
     "gateway/worker_protocol.py",
     "shards/group.py",
+    "shards/leases.py",
     "shards/triggers.py",
     "shards/update_ops.py",
 ]
