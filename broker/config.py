@@ -168,6 +168,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of the context that the auth function gives a connection."""
     handler_timeout_s: Seconds = 300.0
     """Seconds after which the answer of a `stream` or leave handler is not waited for any more."""
+    history_events_max: Annotated[int, Meta(ge=0, le=100_000)] = 1000
+    """Events of a group that are kept for clients that resume; 0 keeps none."""
+    history_age_s_max: Annotated[float, Meta(ge=0, le=2_592_000)] = 3600.0
+    """Seconds after which they are not kept any more."""
+    history_group_bytes_max: MemoryBytes = MIB
+    """Bytes of them."""
+    history_bytes_max: MemoryBytes = 64 * MIB
+    """Bytes of them of all groups of one shard, with storage in memory."""
     leave_wait_s: Seconds = 300.0
     """Seconds that leaves of a gateway that died wait for their triggers to be registered again."""
 

@@ -79,10 +79,15 @@ class Join(GroupCall, tag=8):
 
     `item_id` None: of the whole group. Events come once per link, however often it is asked.
     `data`: JSON text of what the sync holds when a worker stores the stream, else None.
+    `since`, `epoch`: the position from which the events are wanted instead, if they are kept; -1
+    for one that can't be. `with_ids`: the sync of a group names its items.
     """
 
     item_id: str | None
     data: bytes | None = None
+    since: int | None = None
+    epoch: str | None = None
+    with_ids: bool = False
 
 
 class Leave(Message, tag=9):
@@ -177,6 +182,17 @@ class AddLeaveTrigger(Message, tag=19):
     group_id: str | None
 
 
+class ReadHistory(GroupCall, tag=26):
+    """The events after `since` that are kept, at most `limit`; None: from the oldest.
+
+    Answered with a JSON object: `epoch`, `seq` of the last event of all, `complete` (no event
+    after `since` is missing before the first of them), and `events`, as envelopes.
+    """
+
+    since: int | None
+    limit: int
+
+
 # Shard to gateway.
 
 
@@ -206,12 +222,19 @@ class Failure(Message, tag=22):
 class Synced(Message, tag=23):
     """Answer to `Join`: all events up to `seq` came before it on this link, later ones follow.
 
-    `payload` is the JSON text of the `sync` envelope (protocol section 5.4).
+    `payload` is the JSON text of the `sync` envelope (protocol section 5.4), or of the one that
+    says that the join resumes; then `missed` has those of the events up to `seq`, else it is None.
     """
 
     call_id: int
     seq: int
     payload: bytes
+    missed: list[bytes] | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on from the position that the join gave."""
+        return self.missed is not None
 
 
 class Event(Message, tag=24):
@@ -260,5 +283,6 @@ ToShard = (
     | Lease
     | EndLease
     | AddLeaveTrigger
+    | ReadHistory
 )
 ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left

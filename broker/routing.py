@@ -8,7 +8,7 @@ from hashlib import blake2b
 from broker.names import Group
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def shard_of(group: Group, shards: int) -> int:
     """The index, from 0, of the shard that owns `group` when there are `shards` of them.
 

@@ -31,7 +31,13 @@ TIMEOUT_S = 30.0
 """For one answer of the worker: the SDKs' own limit on a call."""
 
 StreamCall = (
-    messages.Get | messages.Set | messages.Delete | messages.Update | messages.Send | messages.List
+    messages.Get
+    | messages.Set
+    | messages.Delete
+    | messages.Update
+    | messages.Send
+    | messages.List
+    | messages.ReadHistory
 )
 
 _Work = Callable[[], Coroutine[None, None, None]]
@@ -110,12 +116,10 @@ class CustomStreams:
             lambda result: answered(_as_answer(_passed_on(result))),
         )
 
-    def join(
-        self, group: Group, item_id: str | None, answered: Callable[[Answer | Unread], None]
-    ) -> None:
-        """Make a sync of what the worker has, as of the shard's seq."""
-
-        self._enqueue(group, partial(self._join, group, item_id, answered), answered)
+    def join(self, join: messages.Join, answered: Callable[[Answer | Unread], None]) -> None:
+        """Make a sync of what the worker has, as of the shard's seq, or resume."""
+        group = Group(join.stream, join.group_id)
+        self._enqueue(group, partial(self._join, group, join, answered), answered)
 
     def _enqueue(
         self,
@@ -146,27 +150,27 @@ class CustomStreams:
         del self._queues[group]
 
     async def _join(
-        self, group: Group, item_id: str | None, answered: Callable[[Answer | Unread], None]
+        self, group: Group, join: messages.Join, answered: Callable[[Answer | Unread], None]
     ) -> None:
-        function = "list" if item_id is None else "get"
+        function = "list" if join.item_id is None else "get"
         data: bytes | BrokerError | None = None
         if self.serves(group.stream, function):
-            data = _passed_on(await self._invoke(function, group, item_id, {})) or b"null"
+            data = _passed_on(await self._invoke(function, group, join.item_id, {})) or b"null"
         error = data if isinstance(data, BrokerError) else None
         link = self._links.of(group)
-        call_id = link.next_call_id()
+        join.call_id = link.next_call_id()
         done = asyncio.Event()
 
         def joined(answer: Answer) -> None:
             # At once: the events that follow are right behind it.
-            if error is not None and isinstance(answer, Synced):
+            if error is not None and isinstance(answer, Synced) and not answer.resumed:
                 answered(Unread(answer.seq, error))
             else:
                 answered(answer)
             done.set()
 
-        text = b"null" if isinstance(data, BrokerError) else data
-        link.call(messages.Join(call_id, *group, item_id, text), call_id, joined)
+        join.data = b"null" if isinstance(data, BrokerError) else data
+        link.call(join, join.call_id, joined)
         await done.wait()
 
     async def _perform(self, group: Group, call: StreamCall) -> bytes | None:

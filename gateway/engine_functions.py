@@ -14,6 +14,7 @@ from msgspec import Raw, Struct
 
 from broker.errors import BrokerError
 from gateway.functions import (
+    BROKER_FUNCTIONS,
     BUILTINS,
     STREAM_FUNCTIONS,
     Functions,
@@ -462,7 +463,7 @@ def _rank(search: str | None, function_id: str, description: str | None) -> int 
 
 
 def _is_internal(function_id: str, definition: RegisterFunction) -> bool:
-    if function_id.startswith(("engine::", "broker::")):
+    if function_id.startswith("engine::") or function_id in BROKER_FUNCTIONS:
         return True
     metadata = present(definition.metadata)
     if metadata is None or not metadata.startswith(b"{"):

@@ -31,6 +31,7 @@ ENGINE_FUNCTIONS = {
     "engine::workers::register": "Say who the calling worker is",
 }
 BROKER_FUNCTIONS = {
+    "stream::history": "Read the last events of a stream group",
     "broker::connections": "List the connected clients",
     "broker::disconnect": "Close the connections of clients",
     "broker::items": "List the items of a stream group with their ids",

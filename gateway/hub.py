@@ -40,7 +40,15 @@ class Subscriber(Protocol):
 class Subscription:
     """One join of one connection. `item_id` None: of the whole group."""
 
-    __slots__ = ("group", "item_id", "number", "state", "subscriber", "subscription_id")
+    __slots__ = (
+        "group",
+        "item_id",
+        "number",
+        "state",
+        "subscriber",
+        "subscription_id",
+        "with_ids",
+    )
 
     def __init__(
         self, subscriber: Subscriber, subscription_id: str, group: Group, item_id: str | None
@@ -50,6 +58,7 @@ class Subscription:
         self.group = group
         self.item_id = item_id
         self.number = 0  # of the hub, in the order of the joins
+        self.with_ids = False  # in its syncs
         self.state = State.JOINING
 
 

@@ -6,10 +6,10 @@ Protocol section 7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
@@ -18,6 +18,9 @@ from broker.names import Group, check_name
 from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
+
+HISTORY_LIMIT_MAX = 1000
+"""Events that one `stream::history` may ask for."""
 
 
 class _Group(Struct, gc=False):
@@ -41,6 +44,11 @@ class _Send(_Group):
     type: str
     data: Raw
     id: str | None = None
+
+
+class _History(_Group):
+    since: Annotated[int, Meta(ge=0, le=2**62)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=HISTORY_LIMIT_MAX)] = 100
 
 
 class _Stream(Struct, gc=False):
@@ -70,6 +78,7 @@ class StreamCalls:
             "stream::list": self._list,
             "stream::list_groups": self._list_groups,
             "stream::list_all": self._list_all,
+            "stream::history": self._history,
             "broker::items": self._items,
         }
         self.calls_total = dict.fromkeys(self._functions, 0)
@@ -124,6 +133,11 @@ class StreamCalls:
         i = _decode(_group_decoder, "items", data, "broker")
         group = self._group(i.stream_name, i.group_id)
         self._ask(group, messages.List(0, *group, with_ids=True), answered)
+
+    def _history(self, data: bytes, answered: Answered) -> None:
+        i = _decode(_history_decoder, "history", data)
+        group = self._group(i.stream_name, i.group_id)
+        self._ask(group, messages.ReadHistory(0, *group, i.since, i.limit), answered)
 
     def _list_groups(self, data: bytes, answered: Answered) -> None:
         stream = _decode(_stream_decoder, "list_groups", data).stream_name
@@ -196,6 +210,7 @@ _set_decoder = msgspec.json.Decoder(_Set)
 _item_decoder = msgspec.json.Decoder(_Item)
 _update_decoder = msgspec.json.Decoder(_Update)
 _send_decoder = msgspec.json.Decoder(_Send)
+_history_decoder = msgspec.json.Decoder(_History)
 _group_decoder = msgspec.json.Decoder(_Group)
 _stream_decoder = msgspec.json.Decoder(_Stream)
 _nothing_decoder = msgspec.json.Decoder(_Nothing)

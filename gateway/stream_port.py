@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import assert_never
-from urllib.parse import unquote_to_bytes
 
 from websockets.http11 import Request
 
 from broker import logs, messages
 from broker.config import Limits, StreamAccess
-from broker.errors import BrokerError, InvalidRequest, LimitExceeded, ShardUnavailable
+from broker.errors import BrokerError, InvalidRequest, ShardUnavailable
 from broker.messages import Event, Synced
 from broker.names import Group, check_name
 from broker.tasks import Tasks
@@ -93,17 +91,18 @@ class StreamPort(Listener):
         self.bad_messages_total = 0
         self.behind_total = 0
         self.expired_total = 0
+        self.resumed_total = 0
         self.frames_dropped_total = 0
 
     # Requests.
 
     def request_received(self, connection: Connection, request: Request) -> None:
-        path = request.path.partition("?")[0]
+        path, _, query = request.path.partition("?")
         if "Upgrade" not in request.headers and path in _PAGES:
             self._page(connection, request, path)
             return
         try:
-            joined = _joined_by_path(path)
+            joined = wire.joined_by_path(path, query)
         except ValueError:
             self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
             return
@@ -130,7 +129,7 @@ class StreamPort(Listener):
         connection: Connection,
         request: Request,
         address: str,
-        joined: tuple[Group, str | None] | None,
+        joined: wire.JoinData | None,
     ) -> None:
         question = auth_input(request, address)
         verdict = await self.auth.ask(question)
@@ -200,18 +199,17 @@ class Client:
         self._question = b""  # what the auth function was asked
         self._expiry: asyncio.TimerHandle | None = None
         self._subscriptions: dict[str, Subscription] = {}
-        self._inbox: deque[bytes | wire.JoinData] = deque()
+        self._inbox: deque[bytes | Sequence[wire.JoinData]] = deque()
         self._handling = False  # a message that has to wait for an answer
         self._in_loop = False
         self._inbox_full = False
         self._awaited: Subscription | None = None
         self._closed = False
 
-    def start(self, joined: tuple[Group, str | None] | None) -> None:
+    def start(self, joined: wire.JoinData | None) -> None:
         """Complete the handshake, and join what the path names."""
         if joined is not None:
-            group, item_id = joined
-            self._inbox.append(wire.JoinData(str(uuid.uuid4()), *group, item_id))
+            self._inbox.append([joined])
         if self._connection.accept(self):
             self._port.clients_total += 1
             self.number = self._port.clients_total
@@ -310,15 +308,14 @@ class Client:
     def _handle_messages(self) -> None:
         while self._inbox and not self._handling:
             entry = self._inbox.popleft()
-            if isinstance(entry, wire.JoinData):
-                self._join(entry)
+            if not isinstance(entry, bytes):
+                self._join_all(entry)
                 continue
             try:
                 message = wire.decode(entry)
                 match message:
-                    case wire.Join():
-                        self._check(message.data)
-                        self._join(message.data)
+                    case wire.Join() | wire.JoinMany():
+                        self._join_all(message.joins)
                     case wire.Leave():
                         self._leave(message.data)
                     case wire.Auth():
@@ -330,6 +327,18 @@ class Client:
             except InvalidRequest as error:
                 self._port.bad_messages_total += 1
                 self._tell(wire.error_payload(error, entry))
+
+    def _join_all(self, joins: Sequence[wire.JoinData]) -> None:
+        """Join the first; the others wait in its place, each for the one before it."""
+        if len(joins) > 1:
+            self._inbox.appendleft(joins[1:])
+        try:
+            self._check(joins[0])
+        except InvalidRequest as error:
+            self._port.bad_messages_total += 1
+            self._tell(wire.join_error(error, joins[0]))
+        else:
+            self._join(joins[0])
 
     def _check(self, data: wire.JoinData) -> None:
         bytes_max = self._port.limits.name_bytes_max
@@ -359,10 +368,13 @@ class Client:
     async def _ask_triggers(self, data: wire.JoinData) -> None:
         group = Group(data.stream_name, data.group_id)
         subscription = Subscription(self, data.subscription_id, group, data.id)
-        payload = leave_payload(head_of(subscription), self.context)
+        head = head_of(subscription)
+        earlier = self._subscriptions.get(data.subscription_id)
+        again = earlier is not None and head_of(earlier) == head
+        payload = leave_payload(head, self.context)
         allowed = await self._port.triggers.may_join(*group, payload)
         if self._closed:
-            if allowed:  # whoever allowed it takes the client for joined
+            if allowed and not again:  # whoever allowed it takes the client for joined
                 self._port.triggers.fire_leave(*group, payload)
             return
         if allowed:
@@ -378,24 +390,26 @@ class Client:
         group = Group(data.stream_name, data.group_id)
         earlier = self._subscriptions.get(data.subscription_id)
         if earlier is not None and (earlier.group, earlier.item_id) == (group, data.id):
-            self._first_sync(earlier)  # it stays as it is and misses nothing meanwhile
+            earlier.with_ids = data.ids
+            self._first_sync(earlier, data)  # it stays as it is and misses nothing meanwhile
             return
         subscription = Subscription(self, data.subscription_id, group, data.id)
+        subscription.with_ids = data.ids
         self._port.hub.add(subscription)
         self._subscriptions[data.subscription_id] = subscription
         self._port.leaves.joined(subscription)
         if earlier is not None:
             self._port.leaves.replaced(earlier)
             self._forget(earlier)
-        self._first_sync(subscription)
+        self._first_sync(subscription, data)
 
-    def _first_sync(self, subscription: Subscription) -> None:
+    def _first_sync(self, subscription: Subscription, data: wire.JoinData) -> None:
         """Sync, and take no further message before it came: joins are answered in order."""
         self._handling = True
         self._awaited = subscription
-        self.sync(subscription)
+        self.sync(subscription, data.position, data.epoch)
 
-    def _leave(self, data: wire.JoinData) -> None:
+    def _leave(self, data: wire.LeaveData) -> None:
         subscription = self._subscriptions.get(data.subscription_id)
         if subscription is not None:
             self._end(subscription, on_purpose=True)
@@ -432,18 +446,23 @@ class Client:
 
     # Syncs.
 
-    def sync(self, subscription: Subscription) -> None:
-        """Ask for a snapshot; the subscription is live when it comes, if it is not yet."""
+    def sync(
+        self, subscription: Subscription, since: int | None = None, epoch: str | None = None
+    ) -> None:
+        """Ask for a snapshot, or for what was missed since a position; the subscription is live
+        when it comes, if it is not yet."""
         if subscription.state is State.BEHIND:
             subscription.state = State.JOINING
         answered = partial(self._synced, subscription)
-        if self._port.custom.takes(subscription.group):
-            self._port.custom.join(subscription.group, subscription.item_id, answered)
+        group = subscription.group
+        message = messages.Join(0, *group, subscription.item_id, None, since, epoch)
+        message.with_ids = subscription.with_ids
+        if self._port.custom.takes(group):
+            self._port.custom.join(message, answered)
             return
-        link = self._port.links.of(subscription.group)
-        call_id = link.next_call_id()
-        message = messages.Join(call_id, *subscription.group, subscription.item_id)
-        link.call(message, call_id, answered)
+        link = self._port.links.of(group)
+        message.call_id = link.next_call_id()
+        link.call(message, message.call_id, answered)
 
     def _synced(self, subscription: Subscription, answer: Answer | Unread) -> None:
         if self._subscriptions.get(subscription.subscription_id) is subscription:
@@ -461,8 +480,11 @@ class Client:
         if isinstance(answer, Unread):  # live all the same; the sync comes once reading works
             self._tell_error(subscription, answer.error)
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
-        elif not self._connection.send(text_frame(answer.payload)):
-            self.fell_behind()
+        else:
+            frames = [text_frame(payload) for payload in (answer.payload, *(answer.missed or ()))]
+            self._port.resumed_total += answer.resumed
+            if not self._connection.send(b"".join(frames)):
+                self.fell_behind()
         for other in behind:
             assert isinstance(other.subscriber, Client)
             other.subscriber.sync(other)
@@ -498,33 +520,3 @@ class Client:
 
 _NOT_NOW = (Outcome.UNAVAILABLE, Outcome.OVERLOADED)
 _PAGES = ("/", "/healthz", "/readyz")
-
-
-def _joined_by_path(path: str) -> tuple[Group, str | None] | None:
-    """What a path joins: None for `/`, else a group, or an item of it (section 5.2).
-
-    Raises:
-        ValueError: there is nothing at that path.
-    """
-    if path == "/":
-        return None
-    parts = path.removesuffix("/").split("/")
-    if len(parts) not in (4, 5) or parts[:2] != ["", "stream"]:
-        raise ValueError(path)
-    names = [unquote_to_bytes(part).decode() for part in parts[2:]]
-    if not all(names[:2]) or not all(_is_quoted(part) for part in parts[2:]):
-        raise ValueError(path)
-    for name in names:
-        try:
-            check_name("path", name)
-        except (InvalidRequest, LimitExceeded) as error:
-            raise ValueError(path) from error
-    return Group(names[0], names[1]), names[2] if len(names) == 3 else None
-
-
-def _is_quoted(part: str) -> bool:
-    """Whether every `%` begins an escape."""
-    return all(
-        len(rest) >= 2 and all(c in "0123456789abcdefABCDEF" for c in rest[:2])
-        for rest in part.split("%")[1:]
-    )

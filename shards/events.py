@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from shards.group import Change, GroupState, Kind, Snapshot
+from shards.group import Change, GroupState, Kind, Past, Resumed, Snapshot
 
 _encode = msgspec.json.encode
 
@@ -34,15 +34,49 @@ def event_payload(group: GroupState, change: Change) -> bytes:
 
 def sync_payload(group: GroupState, item_id: str | None, snapshot: Snapshot) -> bytes:
     """The JSON text of the `sync` envelope of a group, or of one item."""
+    resumed = b"" if snapshot.resumed is None else b',"resumed":false'
     return b"".join(
         (
-            b'{"type":"stream","timestamp":%d,' % snapshot.timestamp_ms,
-            group.names,
-            b',"id":',
-            b"null" if item_id is None else _encode(item_id),
-            b',"seq":%d,"epoch":"%b","event":{"type":"sync","data":'
-            % (snapshot.seq, snapshot.epoch.encode()),
+            *_beginning(group, item_id, snapshot.timestamp_ms),
+            b',"seq":%d,"epoch":"%b"' % (snapshot.seq, snapshot.epoch.encode()),
+            resumed,
+            b',"event":{"type":"sync","data":',
             snapshot.data,
+            b"" if snapshot.ids is None else b',"ids":' + snapshot.ids,
             b"}}",
         )
+    )
+
+
+def resume_payload(group: GroupState, item_id: str | None, resumed: Resumed) -> bytes:
+    """The JSON text of the envelope that says that what follows is what was missed."""
+    return b"".join(
+        (
+            *_beginning(group, item_id, resumed.timestamp_ms),
+            b',"seq":%d,"epoch":"%b"' % (resumed.since, resumed.epoch.encode()),
+            b',"resumed":true,"event":{"type":"resume"}}',
+        )
+    )
+
+
+def past_payload(group: GroupState, past: Past) -> bytes:
+    """The JSON text of what `stream::history` answers."""
+    events = b",".join(event_payload(group, change) for change in past.changes)
+    return b'{"epoch":"%b","seq":%d,"complete":%b,"events":[%b]}' % (
+        past.epoch.encode(),
+        past.seq,
+        b"true" if past.complete else b"false",
+        events,
+    )
+
+
+def _beginning(
+    group: GroupState, item_id: str | None, timestamp_ms: int
+) -> tuple[bytes, bytes, bytes, bytes]:
+    """An envelope up to its `id`."""
+    return (
+        b'{"type":"stream","timestamp":%d,' % timestamp_ms,
+        group.names,
+        b',"id":',
+        b"null" if item_id is None else _encode(item_id),
     )

@@ -15,6 +15,7 @@ import msgspec
 from broker import messages
 from broker.errors import InvalidRequest, LimitExceeded
 from shards import update_ops
+from shards.history import History
 
 Operation = (
     messages.Get
@@ -25,6 +26,7 @@ Operation = (
     | messages.List
     | messages.Join
     | messages.Publish
+    | messages.ReadHistory
 )
 """What can be asked of one group: the link's messages as they are."""
 
@@ -61,7 +63,7 @@ class Head(msgspec.Struct):
         return self.timestamp_ms
 
 
-class Change(msgspec.Struct, frozen=True, gc=False):
+class Change(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What an operation did, or told, to a group.
 
     data: JSON text of the new value, of the deleted one, or of a custom event's data.
@@ -91,17 +93,42 @@ class Done(msgspec.Struct, frozen=True, gc=False):
 
 
 class Snapshot(msgspec.Struct, frozen=True, gc=False):
-    """Outcome of `Join`: the data of its sync as of `seq`, under a timestamp of its own."""
+    """Outcome of `Join`: the data of its sync as of `seq`, under a timestamp of its own.
+
+    ids: JSON text of the items' ids, where they were asked for.
+    resumed: whether a position could be resumed; None: none was given.
+    """
 
     data: bytes
     seq: int
     epoch: str
     timestamp_ms: int
+    ids: bytes | None = None
+    resumed: bool | None = None
 
 
-def new_head() -> Head:
-    """The head of a group of which nothing is known."""
-    return Head(epoch=secrets.token_hex(6))
+class Resumed(msgspec.Struct, frozen=True, gc=False):
+    """Outcome of `Join` from a position: the changes after `since`, up to `seq`."""
+
+    since: int
+    seq: int
+    epoch: str
+    timestamp_ms: int
+    missed: list[Change]
+
+
+class Past(msgspec.Struct, frozen=True, gc=False):
+    """Outcome of `ReadHistory`."""
+
+    seq: int
+    epoch: str
+    complete: bool
+    changes: list[Change]
+
+
+def new_epoch() -> str:
+    """A name for numberings that nobody has seen before."""
+    return secrets.token_hex(6)
 
 
 class GroupState:
@@ -111,7 +138,18 @@ class GroupState:
     single items touches, and whole-group reads are not for this class.
     """
 
-    __slots__ = ("bytes", "complete", "count", "group_id", "head", "items", "names", "row")
+    __slots__ = (
+        "bytes",
+        "complete",
+        "count",
+        "group_id",
+        "head",
+        "history",
+        "items",
+        "names",
+        "row",
+        "untrimmed",
+    )
 
     def __init__(self, stream: str, group_id: str, head: Head) -> None:
         self.group_id = group_id
@@ -124,8 +162,14 @@ class GroupState:
         """The JSON text of the envelope's names, encoded once."""
         self.row = 0
         """The storage's own number of the group; 0: none yet."""
+        self.history: History | None = None
+        """What is kept of the past; it has to be there for operations that ask for it."""
+        self.untrimmed = 0
+        """For the storage: bytes of history written since what is too much was last deleted."""
 
-    def evaluate(self, operation: Operation, now_ms: int, bytes_max: int) -> Done | Snapshot:
+    def evaluate(
+        self, operation: Operation, now_ms: int, bytes_max: int
+    ) -> Done | Snapshot | Resumed | Past:
         """Apply `operation` and say what came of it.
 
         Args:
@@ -157,12 +201,9 @@ class GroupState:
                 read = self.entries if operation.with_ids else self.values
                 return Done(read(bytes_max))
             case messages.Join():
-                item_id = operation.item_id
-                if operation.data is not None:
-                    return self.snapshot(operation.data, now_ms)
-                if item_id is None:
-                    return self.snapshot(self.values(bytes_max), now_ms)
-                return self.snapshot(self.items.get(item_id, b"null"), now_ms)
+                return self.resume(operation, now_ms) or self._sync(operation, now_ms, bytes_max)
+            case messages.ReadHistory():
+                return self._past(operation, now_ms)
             case _:
                 assert_never(operation)
 
@@ -202,10 +243,41 @@ class GroupState:
                 "group_id",
             )
 
-    def snapshot(self, data: bytes, now_ms: int) -> Snapshot:
-        """A sync with `data`, which must be what the group holds as of its head."""
+    def _sync(self, join: messages.Join, now_ms: int, bytes_max: int) -> Snapshot:
+        ids: bytes | None = None
+        if join.data is not None:
+            data = join.data
+        elif join.item_id is not None:
+            data = self.items.get(join.item_id, b"null")
+        else:
+            data = self.values(bytes_max)
+            if join.with_ids:
+                ids = _encode(list(self.items))
+        head, resumed = self.head, None if join.since is None else False
+        return Snapshot(data, head.seq, head.epoch, head.tick(now_ms), ids, resumed)
+
+    def resume(self, join: messages.Join, now_ms: int) -> Resumed | None:
+        """What was missed since the position that the join gives; None when it can't be told."""
+        head, since = self.head, join.since
+        if since is None or join.epoch != head.epoch or self.history is None:
+            return None
+        missed = self.history.since(since, head.seq, now_ms)
+        if missed is None:
+            return None
+        # Timestamps grow from frame to frame, and what was missed has its own.
+        timestamp_ms = missed[0].timestamp_ms - 1 if missed else head.tick(now_ms)
+        if join.item_id is not None:
+            missed = [change for change in missed if change.item_id == join.item_id]
+        return Resumed(since, head.seq, head.epoch, timestamp_ms, missed)
+
+    def _past(self, call: messages.ReadHistory, now_ms: int) -> Past:
         head = self.head
-        return Snapshot(data, head.seq, head.epoch, head.tick(now_ms))
+        changes = self.history.kept(head.seq, now_ms) if self.history is not None else []
+        first = changes[0].seq if changes else head.seq + 1
+        since = first - 1 if call.since is None else call.since
+        complete = first - 1 <= since <= head.seq
+        later = [change for change in changes if change.seq > since]
+        return Past(head.seq, head.epoch, complete, later[: call.limit])
 
     def _put(
         self, item_id: str, value: bytes, now_ms: int, bytes_max: int, errors: bytes = b""
@@ -255,8 +327,16 @@ class GroupState:
         return Done(b"null", change)
 
 
-Outcome = Done | Snapshot | InvalidRequest | LimitExceeded
+Outcome = Done | Snapshot | Resumed | Past | InvalidRequest | LimitExceeded
 """What came of an operation that a group was asked for, refusals included."""
+
+
+def reads_history(operation: Operation) -> bool:
+    """Whether the group's history has to be there for `operation`."""
+    kind = type(operation)
+    return kind is messages.ReadHistory or (
+        isinstance(operation, messages.Join) and operation.since is not None
+    )
 
 
 def attempt(group: GroupState, operation: Operation, now_ms: int, bytes_max: int) -> Outcome:

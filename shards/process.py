@@ -18,6 +18,7 @@ from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from shards import manifest
+from shards.history import HistoryLimits
 from shards.leases import Leases
 from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
@@ -84,18 +85,28 @@ async def serve(process: Service) -> None:
 def _storage(settings: Config, index: int) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
+    history = HistoryLimits(
+        limits.history_events_max,
+        limits.history_age_s_max * 1000,
+        limits.history_group_bytes_max,
+        limits.history_bytes_max,
+    )
     if not isinstance(adapter, KvAdapter):
         raise ConfigError(
             "modules[].config.adapter", "the Redis adapter is not in this release; use KvStore"
         )
     if adapter.store_method == "in_memory":
-        return MemoryStorage(wall_clock_ms, limits.response_bytes_max)
+        return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)
     folder = Path(adapter.file_path)
     manifest.check(folder, settings.shards)
     directory = folder / f"shard-{index}"
     locks.take(directory / "lock", FILE_PATH_KEY, f"the data in {directory}")
     return SqliteStorage(
-        directory, wall_clock_ms, limits.response_bytes_max, limits.group_cache_bytes_max
+        directory,
+        wall_clock_ms,
+        history,
+        response_bytes_max=limits.response_bytes_max,
+        cache_bytes_max=limits.group_cache_bytes_max,
     )
 
 
@@ -157,6 +168,8 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
         "Bytes that gateways have not taken yet.",
         lambda: sum(link.queue_bytes for link in requests.links),
     )
+    if isinstance(storage, MemoryStorage):
+        metrics.gauge("history_bytes", "Bytes of kept events.", lambda: storage.history_bytes)
     if isinstance(storage, SqliteStorage):
         metrics.gauge("cache_bytes", "Bytes of cached groups.", lambda: storage.cached_bytes)
     return metrics

@@ -15,8 +15,8 @@ from broker.names import Group
 from broker.tasks import Tasks
 from shards import update_ops
 from shards.committer import Committer
-from shards.events import event_payload, sync_payload
-from shards.group import Change, GroupState, Operation, Snapshot
+from shards.events import event_payload, past_payload, resume_payload, sync_payload
+from shards.group import Change, GroupState, Operation, Past, Resumed, Snapshot
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
@@ -35,6 +35,7 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
     messages.List: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
     messages.Join: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
     messages.Publish: ("STREAM_SEND_ERROR", "Failed to send event"),
+    messages.ReadHistory: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
 }
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
 
@@ -98,6 +99,7 @@ class Requests:
                 | messages.List()
                 | messages.Join()
                 | messages.Publish()
+                | messages.ReadHistory()
             ):
                 self._count_call(message)
                 if self.committer.waiting >= WAITING_MAX:
@@ -154,16 +156,23 @@ class Requests:
             self._fail(link, operation.call_id, outcome)
             return
         assert group is not None, "a group comes with every outcome but a StorageError"
-        if isinstance(outcome, Snapshot):
+        if isinstance(outcome, Snapshot | Resumed):
             assert isinstance(operation, messages.Join)
             self._joined(link, operation, group, outcome)
+            return
+        if isinstance(outcome, Past):
+            link.send(Reply(operation.call_id, past_payload(group, outcome)))
             return
         link.send(Reply(operation.call_id, outcome.result))
         if outcome.change is not None:
             self._publish(operation.stream, group, outcome.change)
 
     def _joined(
-        self, link: GatewayLink, join: messages.Join, group: GroupState, snapshot: Snapshot
+        self,
+        link: GatewayLink,
+        join: messages.Join,
+        group: GroupState,
+        outcome: Snapshot | Resumed,
     ) -> None:
         groups = self._links.get(link)
         if groups is None:
@@ -172,8 +181,13 @@ class Requests:
         if key not in groups:
             groups.add(key)
             self._interested.setdefault(key, []).append(link)
-        payload = sync_payload(group, join.item_id, snapshot)
-        link.send(Synced(join.call_id, snapshot.seq, payload))
+        if isinstance(outcome, Snapshot):
+            payload = sync_payload(group, join.item_id, outcome)
+            link.send(Synced(join.call_id, outcome.seq, payload))
+        else:
+            payload = resume_payload(group, join.item_id, outcome)
+            missed = [event_payload(group, change) for change in outcome.missed]
+            link.send(Synced(join.call_id, outcome.seq, payload, missed))
 
     def _publish(self, stream: str, group: GroupState, change: Change) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from broker.clock import Clock
-from shards.group import GroupState, Operation, attempt, new_head
+from shards.group import Done, GroupState, Head, Operation, attempt, new_epoch
+from shards.history import Histories, HistoryLimits
 from shards.storage.base import Settle, Settled
 
 EMPTY_GROUPS_MAX = 100_000
@@ -16,12 +17,16 @@ EMPTY_GROUPS_MAX = 100_000
 class MemoryStorage:
     """See `shards.storage.base.Storage`."""
 
-    def __init__(self, clock: Clock, response_bytes_max: int) -> None:
+    def __init__(
+        self, clock: Clock, response_bytes_max: int, history_limits: HistoryLimits
+    ) -> None:
         self._clock = clock
+        self._histories = Histories(history_limits)
         self._response_bytes_max = response_bytes_max
         self._streams: dict[str, dict[str, GroupState]] = {}
         self._empty: OrderedDict[tuple[str, str], GroupState] = OrderedDict()
         self._forgotten_timestamp_ms = 0
+        self._epoch = new_epoch()  # of groups of which nothing is known
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -39,10 +44,17 @@ class MemoryStorage:
             if group is None:
                 group = self._empty.pop((stream, group_id), None) or self._new(stream, group_id)
                 groups[group_id] = group
-            settled.append((attempt(group, operation, now_ms, self._response_bytes_max), group))
+            outcome = attempt(group, operation, now_ms, self._response_bytes_max)
+            settled.append((outcome, group))
+            if isinstance(outcome, Done) and outcome.change is not None:
+                assert group.history is not None, "every group here has one"
+                self._histories.add(group.history, outcome.change, now_ms)
             if not group.count:
                 del groups[group_id]
-                self._remember((stream, group_id), group)
+                if group.head.seq:
+                    self._remember((stream, group_id), group)
+                else:  # only ever looked at: its numbering has not begun
+                    self._forget(group)
         if not groups:
             del self._streams[stream]
         settle(settled)
@@ -54,14 +66,26 @@ class MemoryStorage:
         return list(self._streams.get(stream, ()))
 
     def _new(self, stream: str, group_id: str) -> GroupState:
-        head = new_head()
-        head.timestamp_ms = self._forgotten_timestamp_ms  # a client may remember a later time
-        return GroupState(stream, group_id, head)
+        # A client may remember a later time of it.
+        head = Head(self._epoch, 0, self._forgotten_timestamp_ms)
+        group = GroupState(stream, group_id, head)
+        group.history = self._histories.new()
+        return group
+
+    @property
+    def history_bytes(self) -> int:
+        """About what the kept changes of all groups cost."""
+        return self._histories.bytes
 
     def _remember(self, key: tuple[str, str], group: GroupState) -> None:
         self._empty[key] = group
         if len(self._empty) > EMPTY_GROUPS_MAX:
             _, forgotten = self._empty.popitem(last=False)
-            self._forgotten_timestamp_ms = max(
-                self._forgotten_timestamp_ms, forgotten.head.timestamp_ms
-            )
+            self._forget(forgotten)
+
+    def _forget(self, group: GroupState) -> None:
+        assert group.history is not None, "every group here has one"
+        self._histories.forget(group.history)
+        if group.head.seq:  # it would begin anew
+            self._epoch = new_epoch()
+        self._forgotten_timestamp_ms = max(self._forgotten_timestamp_ms, group.head.timestamp_ms)

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from broker import messages
 from broker.clock import Clock
 from broker.config import FILE_PATH_KEY
@@ -33,10 +35,20 @@ from shards.group import (
     Kind,
     Operation,
     attempt,
-    new_head,
+    new_epoch,
+    reads_history,
 )
+from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
-from shards.storage.sqlite_file import Batch, GroupRow, StreamFile, failure, stream_name
+from shards.storage.sqlite_file import (
+    Batch,
+    GroupRow,
+    HistoryRow,
+    StreamFile,
+    Trim,
+    failure,
+    stream_name,
+)
 
 THREADS = 4
 OPEN_FILES_MAX = 256
@@ -44,6 +56,12 @@ OPEN_FILES_MAX = 256
 GROUP_OVERHEAD_BYTES = 1000
 LARGE_SHARE = 16
 """A group larger than the cache's limit divided by this is not cached whole."""
+
+TRIM_SHARE = 4
+"""What is too much of a group's history is looked for when it grew by its limits over this."""
+
+_encode = msgspec.msgpack.encode
+_decode = msgspec.msgpack.Decoder(list[Change]).decode
 
 T = TypeVar("T")
 
@@ -60,15 +78,18 @@ class _Stream:
 
 
 class _Changes:
-    """What a batch leaves to be written: of each item the last state only."""
+    """What a batch leaves to be written: of each item the last state only, and the history."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: HistoryLimits) -> None:
         self.groups: dict[str, GroupState] = {}
+        self._limits = limits
         self._items: dict[tuple[str, str], bytes] = {}
         self._deleted: dict[tuple[str, str], None] = {}
+        self._history: dict[str, list[Change]] = {}
 
     def add(self, group: GroupState, change: Change) -> None:
         self.groups[group.group_id] = group
+        self._history.setdefault(group.group_id, []).append(change)
         if not change.stored:
             return
         assert change.item_id is not None, "only custom events may be of no item"
@@ -79,23 +100,65 @@ class _Changes:
         else:
             self._items[key] = change.data
 
-    def batch(self) -> Batch:
+    def batch(self, now_ms: int) -> Batch:
         """The same in terms of rows; every group must have its row."""
         rows = {group_id: group.row for group_id, group in self.groups.items()}
+        history = self._history_rows() if self._limits.events_max else []
         return Batch(
             [(rows[group_id], item_id) for group_id, item_id in self._deleted],
             [(rows[group_id], item_id, data) for (group_id, item_id), data in self._items.items()],
             [_group_row(group) for group in self.groups.values()],
+            history,
+            [self._trim(group) for group in self.groups.values() if self._is_due(group)],
+            now_ms - self._limits.age_ms_max,
         )
+
+    def _history_rows(self) -> list[HistoryRow]:
+        rows = []
+        for group_id, changes in self._history.items():
+            group, last = self.groups[group_id], changes[-1]
+            text = _encode(changes)
+            if len(text) > self._limits.group_bytes_max:
+                text = _encode([change for change in changes[-1:] if self._fits(change)])
+            group.untrimmed += len(text)
+            rows.append(HistoryRow(group.row, last.seq, last.timestamp_ms, text))
+        return rows
+
+    def _fits(self, change: Change) -> bool:
+        return len(change.data) <= self._limits.group_bytes_max // 2
+
+    def _is_due(self, group: GroupState) -> bool:
+        """Whether enough was written to the group's history to look for what is too much."""
+        limits = self._limits
+        if not limits.events_max:
+            return bool(group.untrimmed)
+        step = limits.events_max // TRIM_SHARE + 1
+        before = group.head.seq - len(self._history[group.group_id])
+        return (
+            group.untrimmed > limits.group_bytes_max // TRIM_SHARE
+            or before // step != group.head.seq // step
+        )
+
+    def _trim(self, group: GroupState) -> Trim:
+        limits = self._limits
+        group.untrimmed = 0
+        return Trim(group.row, group.head.seq - limits.events_max, limits.group_bytes_max)
 
 
 class SqliteStorage:
     """See `shards.storage.base.Storage`."""
 
     def __init__(
-        self, directory: Path, clock: Clock, response_bytes_max: int, cache_bytes_max: int
+        self,
+        directory: Path,
+        clock: Clock,
+        history_limits: HistoryLimits,
+        *,
+        response_bytes_max: int,
+        cache_bytes_max: int,
     ) -> None:
         self._directory = directory
+        self._history_limits = history_limits
         self._clock = clock
         self._response_bytes_max = response_bytes_max
         self._cache_bytes_max = cache_bytes_max
@@ -106,6 +169,8 @@ class SqliteStorage:
             OrderedDict()
         )  # size, longest unused first
         self.cached_bytes = 0
+        self._epoch = new_epoch()  # of groups that were never written
+        self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
         self._tasks = Tasks()
 
@@ -157,13 +222,15 @@ class SqliteStorage:
     def _segments(
         self, state: _Stream, operations: Sequence[Operation]
     ) -> Iterator[Sequence[Operation]]:
-        """Cut `operations` around reads of whole groups that are too large to be cached."""
+        """Cut `operations` around reads of whole groups that are too large to be cached, and of
+        their history, which is on disk only."""
         start = 0
         for end, operation in enumerate(operations):
-            if not _reads_whole(operation):
+            reads_history_ = reads_history(operation)
+            if not _reads_whole(operation) and not reads_history_:
                 continue
             group = state.groups.get(operation.group_id)
-            if group is None or not group.complete:  # may turn out to be large
+            if reads_history_ or group is None or not group.complete:  # may turn out to be large
                 if start < end:
                     yield operations[start:end]
                 yield operations[end : end + 1]
@@ -173,12 +240,14 @@ class SqliteStorage:
 
     async def _perform(self, state: _Stream, operations: Sequence[Operation]) -> list[Settled]:
         await self._load(state, operations)
+        if len(operations) == 1 and reads_history(operations[0]):
+            await self._load_history(state, operations[0])
         if len(operations) == 1 and _reads_whole(operations[0]):
             group = state.groups[operations[0].group_id]
             if not group.complete:
                 return [await self._read_large(state, group, operations[0])]
         now_ms = self._clock()
-        changes = _Changes()
+        changes = _Changes(self._history_limits)
         settled: list[Settled] = []
         for operation in operations:
             group = state.groups[operation.group_id]
@@ -187,7 +256,7 @@ class SqliteStorage:
             if isinstance(outcome, Done) and outcome.change is not None:
                 changes.add(group, outcome.change)
         if changes.groups:
-            await self._commit(state, changes)
+            await self._commit(state, changes, now_ms)
         self._account(state, {operation.group_id for operation in operations})
         return settled
 
@@ -207,7 +276,8 @@ class SqliteStorage:
         for row in rows:
             state.groups[row.group_id] = self._group_of(state, row)
         for group_id in unknown - {row.group_id for row in rows}:
-            state.groups[group_id] = GroupState(state.name, group_id, new_head())
+            head = Head(self._epoch, 0, self._forgotten_timestamp_ms)
+            state.groups[group_id] = GroupState(state.name, group_id, head)
         if file is None:
             return
         loads: list[tuple[GroupState, Callable[[], list[tuple[str, bytes]]]]] = []
@@ -225,6 +295,9 @@ class SqliteStorage:
                 group.items = dict(items)
 
     async def _read_large(self, state: _Stream, group: GroupState, operation: Operation) -> Settled:
+        now_ms = self._clock()
+        if isinstance(operation, messages.Join) and (resumed := group.resume(operation, now_ms)):
+            return resumed, group
         try:
             group.check_size(self._response_bytes_max)
         except LimitExceeded as refusal:
@@ -233,24 +306,45 @@ class SqliteStorage:
         assert file is not None, "a large group is in a file"
         group.items = dict(await self._in_thread(lambda: file.all_items(group.row)))
         try:
-            return attempt(group, operation, self._clock(), self._response_bytes_max), group
+            return attempt(group, operation, now_ms, self._response_bytes_max), group
         finally:
             group.items = {}
 
     def _group_of(self, state: _Stream, row: GroupRow) -> GroupState:
-        group = GroupState(state.name, row.group_id, Head(row.epoch, row.seq, row.timestamp_ms))
+        timestamp_ms = max(row.timestamp_ms, self._forgotten_timestamp_ms)
+        group = GroupState(state.name, row.group_id, Head(row.epoch, row.seq, timestamp_ms))
         group.row, group.count, group.bytes = row.id, row.items, row.bytes
         group.complete = self._size(group) <= self._large_bytes
+        group.untrimmed = self._history_limits.group_bytes_max  # nobody knows
         return group
 
-    async def _commit(self, state: _Stream, changes: _Changes) -> None:
+    async def _load_history(self, state: _Stream, operation: Operation) -> None:
+        """Give the group as much of its history as `operation` may need."""
+        assert isinstance(operation, messages.Join | messages.ReadHistory), "those that read it"
+        group, limits = state.groups[operation.group_id], self._history_limits
+        group.history = History(limits)
+        since = group.head.seq - limits.events_max
+        if isinstance(operation, messages.Join) and (
+            operation.epoch != group.head.epoch
+            or operation.since is None
+            or operation.since < since
+        ):
+            return
+        since = max(since, operation.since or 0)
+        file = await self._file(state, create=False)
+        if file is None or not limits.events_max or since >= group.head.seq:
+            return
+        blobs = await self._in_thread(lambda: file.history(group.row, since))
+        group.history = History(limits, [c for blob in blobs for c in _decode(blob)])
+
+    async def _commit(self, state: _Stream, changes: _Changes, now_ms: int) -> None:
         file = await self._file(state, create=True)
         assert file is not None, "made when it is missing"
         for group in changes.groups.values():
             if not group.row:
                 group.row = file.next_row
                 file.next_row += 1
-        batch = changes.batch()
+        batch = changes.batch(now_ms)
         await self._in_thread(lambda: file.commit(batch))
 
     async def _file(self, state: _Stream, *, create: bool) -> StreamFile | None:
@@ -294,7 +388,8 @@ class SqliteStorage:
 
     def _forget(self, state: _Stream) -> None:
         """Drop what memory holds of the stream; the next operation reads the disk."""
-        for group_id in state.groups:
+        for group_id, group in state.groups.items():
+            self._note_forgotten(group)
             self.cached_bytes -= self._cached.pop((state.name, group_id), 0)
         state.groups.clear()
         if state.file is not None:
@@ -309,9 +404,13 @@ class SqliteStorage:
         """Count what the groups hold now."""
         for group_id in group_ids:
             group = state.groups[group_id]
+            if not group.row:  # only ever looked at
+                self._note_forgotten(state.groups.pop(group_id))
+                continue
             size = self._size(group)
             if group.complete and group.count and size > self._large_bytes:
                 group.complete = False
+            group.history = None
             if not group.complete:
                 group.items = {}
                 size = GROUP_OVERHEAD_BYTES
@@ -331,8 +430,11 @@ class SqliteStorage:
                 self._cached.move_to_end(key)
                 continue
             self.cached_bytes -= self._cached.pop(key)
-            del other.groups[key[1]]
+            self._note_forgotten(other.groups.pop(key[1]))
             self._drop_if_unused(other)
+
+    def _note_forgotten(self, group: GroupState) -> None:
+        self._forgotten_timestamp_ms = max(self._forgotten_timestamp_ms, group.head.timestamp_ms)
 
     def _drop_if_unused(self, state: _Stream) -> None:
         if not state.busy and not state.groups and state.file is None:

@@ -18,11 +18,21 @@ import msgspec
 from broker.errors import StorageError
 from shards.files import sync_directory
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _APPLICATION_ID = 0x53425231  # "SBR1"
 _ROWS_PER_STATEMENT = (256, 64, 16, 4, 1)
 _SELECT_NAMES_MAX = 500
 
+_HISTORY = """
+CREATE TABLE history (
+    id INTEGER PRIMARY KEY,  -- grows with time
+    group_key INTEGER NOT NULL,
+    last_seq INTEGER NOT NULL,
+    timestamp_ms INTEGER NOT NULL,  -- of the last of its changes
+    changes BLOB NOT NULL
+);
+CREATE INDEX history_of_group ON history (group_key, last_seq);
+"""
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
@@ -43,6 +53,7 @@ CREATE TABLE items (
     value TEXT NOT NULL,
     UNIQUE (group_key, item_id)
 );
+{_HISTORY}
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {LAYOUT_VERSION};
 """
@@ -55,6 +66,11 @@ _INSERT_GROUPS = (
     "INSERT INTO groups (id, group_id, epoch, seq, timestamp_ms, items, bytes) VALUES {rows}"
     " ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seq = excluded.seq,"
     " timestamp_ms = excluded.timestamp_ms, items = excluded.items, bytes = excluded.bytes"
+)
+_INSERT_HISTORY = "INSERT INTO history (group_key, last_seq, timestamp_ms, changes) VALUES {rows}"
+_DELETE_EXPIRED = (
+    "DELETE FROM history WHERE timestamp_ms < ?"
+    " AND id IN (SELECT id FROM history ORDER BY id LIMIT ?)"
 )
 _DELETE_ITEMS = "DELETE FROM items WHERE (group_key, item_id) IN (VALUES {rows})"
 
@@ -71,12 +87,35 @@ class GroupRow(msgspec.Struct, frozen=True):
     bytes: int
 
 
+class HistoryRow(msgspec.Struct, frozen=True):
+    """Changes of one group that were committed together; `changes` is opaque here."""
+
+    group_key: int
+    last_seq: int
+    timestamp_ms: int
+    changes: bytes
+
+
+class Trim(msgspec.Struct, frozen=True):
+    """What may be kept of a group's history: changes after `seq`, and up to so many bytes."""
+
+    group_key: int
+    seq: int
+    bytes_max: int
+
+
 class Batch(msgspec.Struct, frozen=True):
-    """What one commit writes, in this order. An item is named by its group's row and its id."""
+    """What one commit writes, in this order. An item is named by its group's row and its id.
+
+    expired_ms: history that is older goes, a little with each commit.
+    """
 
     deleted: list[tuple[int, str]]
     items: list[tuple[int, str, bytes]]
     groups: list[GroupRow]
+    history: list[HistoryRow]
+    trims: list[Trim]
+    expired_ms: float
 
 
 class StreamFile:
@@ -176,9 +215,44 @@ class StreamFile:
             groups = [msgspec.structs.astuple(row) for row in batch.groups]
             for sql, parameters in _statements(_INSERT_GROUPS, "(?,?,?,?,?,?,?)", groups):
                 execute(sql, parameters)
+            rows = [msgspec.structs.astuple(row) for row in batch.history]
+            for sql, parameters in _statements(_INSERT_HISTORY, "(?,?,?,?)", rows):
+                execute(sql, parameters)
+            for trim in batch.trims:
+                self._trim(trim)
+            if rows:  # more than comes, so that nothing piles up
+                execute(_DELETE_EXPIRED, (batch.expired_ms, 2 * len(rows)))
             execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failure(error) from error
+
+    def history(self, row: int, since: int) -> list[bytes]:
+        """The `changes` of a group's rows with changes after `since`, in order."""
+        try:
+            cursor = self._connection.execute(
+                "SELECT changes FROM history WHERE group_key = ? AND last_seq > ?"
+                " ORDER BY last_seq",
+                (row, since),
+            )
+            return [changes for (changes,) in cursor]
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def _trim(self, trim: Trim) -> None:
+        size = 0
+        cursor = self._connection.execute(
+            "SELECT last_seq, length(changes) FROM history WHERE group_key = ?"
+            " ORDER BY last_seq DESC",
+            (trim.group_key,),
+        )
+        for last_seq, length in cursor:
+            size += length
+            if last_seq <= trim.seq or size > trim.bytes_max:
+                self._connection.execute(
+                    "DELETE FROM history WHERE group_key = ? AND last_seq <= ?",
+                    (trim.group_key, last_seq),
+                )
+                return
 
     def _create(self, stream: str) -> None:
         self._connection.executescript(_SCHEMA)
@@ -191,6 +265,10 @@ class StreamFile:
         version = self._pragma("user_version")
         if version > LAYOUT_VERSION:
             raise self._corrupt(f"has layout {version}, this release reads up to {LAYOUT_VERSION}")
+        if version == 1:
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE;{_HISTORY}PRAGMA user_version = {LAYOUT_VERSION};COMMIT"
+            )
         row = self._connection.execute("SELECT name FROM stream").fetchone()
         if row != (stream,):
             raise self._corrupt(f"belongs to stream {row and row[0]!r}")
