@@ -228,6 +228,7 @@ class Synced(Message, tag=23):
 
     call_id: int
     seq: int
+    epoch: str
     payload: bytes
     missed: list[bytes] | None = None
 

@@ -63,6 +63,7 @@ class Unread(Struct):
     """Answer to a join: events after `seq` follow, but the worker could not tell what it has."""
 
     seq: int
+    epoch: str
     error: BrokerError
 
 
@@ -164,7 +165,7 @@ class CustomStreams:
         def joined(answer: Answer) -> None:
             # At once: the events that follow are right behind it.
             if error is not None and isinstance(answer, Synced) and not answer.resumed:
-                answered(Unread(answer.seq, error))
+                answered(Unread(answer.seq, answer.epoch, error))
             else:
                 answered(answer)
             done.set()

@@ -70,6 +70,7 @@ class _HubGroup:
 
     def __init__(self) -> None:
         self.seq: int | None = None  # of the last event or sync; None before the first
+        self.epoch = ""
         self.subscriptions: dict[Subscription, None] = {}
         self.whole: _Live = {}
         self.items: dict[str, _Live] = {}
@@ -127,7 +128,18 @@ class Hub:
         found = self._groups.get(group)
         return list(found.subscriptions) if found is not None else []
 
-    def synced(self, subscription: Subscription, seq: int) -> list[Subscription]:
+    def position(self, group: tuple[str, str]) -> tuple[int, str] | None:
+        """Up to where the live subscriptions of a group got its events; None without such."""
+        found = self._groups.get(group)
+        if found is None or found.seq is None or not (found.whole or found.items):
+            return None
+        return found.seq, found.epoch
+
+    def groups(self) -> list[tuple[str, str]]:
+        """The groups with subscriptions."""
+        return list(self._groups)
+
+    def synced(self, subscription: Subscription, seq: int, epoch: str) -> list[Subscription]:
         """The sync of `subscription`, as of `seq`, is about to be sent: it is live after it.
 
         Returns subscriptions that are behind now, as `publish` does.
@@ -135,7 +147,7 @@ class Hub:
         group = self._groups[subscription.group]
         self._flush(group)
         behind = [] if group.seq in (None, seq) else self._gap(group)
-        group.seq = seq
+        group.seq, group.epoch = seq, epoch
         live = group.live_of(subscription.item_id)
         live.setdefault(subscription.subscriber, {})[subscription] = None
         subscription.state = State.LIVE

@@ -172,11 +172,29 @@ class StreamPort(Listener):
     def shard_linked(self, shard: int) -> None:
         """Subscriptions on a shard that was linked again get what they missed."""
         link = self.links.links[shard]
-        mine = [s for s in self.hub.all_subscriptions() if self.links.of(s.group) is link]
-        for subscription in mine:
-            if subscription.state is State.LIVE:
-                self.hub.behind(subscription)
-        self._resync(mine)
+        for key in self.hub.groups():
+            group = Group(*key)
+            if self.links.of(group) is not link:
+                continue
+            # First for those that go on: a sync of another one would tell them of a gap.
+            if (position := self.hub.position(group)) is not None:
+                call_id = link.next_call_id()
+                join = messages.Join(call_id, *group, None, None, *position)
+                link.call(join, call_id, partial(self._caught_up, group))
+            self._resync([s for s in self.hub.of_group(group) if s.state is not State.LIVE])
+
+    def _caught_up(self, group: Group, answer: Answer) -> None:
+        """The live subscriptions of a group get what was not told, or else a sync each."""
+        if isinstance(answer, ShardUnavailable):
+            return  # they wait for the next time that it is linked
+        if isinstance(answer, Synced) and answer.missed is not None:
+            for payload in answer.missed:
+                self._resync(self.hub.publish(wire.event_of(group, payload)))
+            return
+        behind = [s for s in self.hub.of_group(group) if s.state is State.LIVE]
+        for subscription in behind:
+            self.hub.behind(subscription)
+        self._resync(behind)
 
     def _resync(self, subscriptions: list[Subscription]) -> None:
         for subscription in subscriptions:
@@ -476,7 +494,7 @@ class Client:
             self._sync_failed(subscription, answer)
             return
         assert isinstance(answer, Synced | Unread), "what a join is answered with"
-        behind = self._port.hub.synced(subscription, answer.seq)
+        behind = self._port.hub.synced(subscription, answer.seq, answer.epoch)
         if isinstance(answer, Unread):  # live all the same; the sync comes once reading works
             self._tell_error(subscription, answer.error)
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)

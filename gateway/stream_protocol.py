@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from broker.errors import InvalidRequest, LimitExceeded
-from broker.names import check_name
+from broker.messages import Event
+from broker.names import Group, check_name
 from gateway import decoding
 
 POSITION_MAX = 2**62
@@ -141,6 +142,20 @@ def envelope(stream: str, group_id: str, item_id: str | None, event: dict[str, A
             "event": event,
         }
     )
+
+
+class _Numbered(msgspec.Struct):
+    seq: int
+    id: str | None
+
+
+_numbered_decoder = msgspec.json.Decoder(_Numbered)
+
+
+def event_of(group: Group, payload: bytes) -> Event:
+    """The event that the envelope `payload` tells to subscribers."""
+    numbered = _numbered_decoder.decode(payload)
+    return Event(*group, numbered.id, numbered.seq, payload, subscribed=True, triggers=[])
 
 
 def authenticated(expires_at_ms: float | None) -> bytes:

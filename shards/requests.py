@@ -183,11 +183,11 @@ class Requests:
             self._interested.setdefault(key, []).append(link)
         if isinstance(outcome, Snapshot):
             payload = sync_payload(group, join.item_id, outcome)
-            link.send(Synced(join.call_id, outcome.seq, payload))
+            link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload))
         else:
             payload = resume_payload(group, join.item_id, outcome)
             missed = [event_payload(group, change) for change in outcome.missed]
-            link.send(Synced(join.call_id, outcome.seq, payload, missed))
+            link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload, missed))
 
     def _publish(self, stream: str, group: GroupState, change: Change) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""

@@ -322,13 +322,10 @@ def test_kill_of_one_shard_stays_small(run: Run) -> None:
         told = [
             f for f in client.frames if f["groupId"] == doomed and f["event"]["type"] != "error"
         ]
-        syncs = [frame for frame in told if is_sync(frame)]
-        assert len(syncs) >= 2
-        after = told[told.index(syncs[-1]) :]
-        assert state_after(after) == [{"id": "i", "n": 100}]
-        assert all(a["seq"] + 1 == b["seq"] for a, b in pairwise(after))
+        assert [is_sync(frame) for frame in told] == [True, False, False]  # it went on where it was
+        assert state_after(told) == [{"id": "i", "n": 100}]
+        assert [frame["seq"] for frame in told] == [0, 1, 2]
         assert all(a["timestamp"] < b["timestamp"] for a, b in pairwise(told))
-        assert (after[-1]["seq"], syncs[-1]["epoch"]) == (2, syncs[0]["epoch"])
         undisturbed = [frame for frame in client.frames if frame["groupId"] == other]
         assert [frame["seq"] for frame in undisturbed] == [0, 1, 2, 3]
 

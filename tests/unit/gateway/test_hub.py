@@ -67,7 +67,7 @@ def joined(
     client.subscriptions.append(subscription)
     hub.add(subscription)
     if seq is not None:
-        assert hub.synced(subscription, seq) == []
+        assert hub.synced(subscription, seq, "e") == []
     return subscription
 
 
@@ -134,7 +134,7 @@ def test_nothing_comes_before_the_sync() -> None:
     client = Client(hub)
     subscription = joined(hub, client, GROUPS[0], seq=None)
     publish(hub, GROUPS[0], "i", 1)
-    assert hub.synced(subscription, 1) == []
+    assert hub.synced(subscription, 1, "e") == []
     publish(hub, GROUPS[0], "i", 2)
     hub.flush()
     assert [entry[3] for entry in client.log] == [2]
@@ -147,7 +147,7 @@ def test_a_sync_comes_after_what_was_published_before_it() -> None:
     joined(hub, old, GROUPS[0])
     subscription = joined(hub, new, GROUPS[0], seq=None)
     publish(hub, GROUPS[0], "i", 1)
-    hub.synced(subscription, 1)
+    hub.synced(subscription, 1, "e")
     assert old.log == [["s", "g", "i", 1]]
     hub.flush()
     assert (len(old.log), new.log) == (1, [])
@@ -165,7 +165,7 @@ def test_a_gap_leaves_the_live_behind() -> None:
     publish(hub, GROUPS[0], "i", 4)
     hub.flush()
     assert [entry[3] for entry in live.log] == [1]
-    assert hub.synced(subscription, 4) == []
+    assert hub.synced(subscription, 4, "e") == []
     publish(hub, GROUPS[0], "i", 5)
     hub.flush()
     assert [entry[3] for entry in live.log] == [1, 5]
@@ -177,7 +177,7 @@ def test_a_sync_ahead_of_the_events_leaves_the_others_behind() -> None:
     old, new = Client(hub), Client(hub)
     behind = joined(hub, old, GROUPS[0])
     subscription = joined(hub, new, GROUPS[0], seq=None)
-    assert hub.synced(subscription, 7) == [behind]
+    assert hub.synced(subscription, 7, "e") == [behind]
     assert (behind.state, subscription.state) == (State.BEHIND, State.LIVE)
 
 
@@ -331,7 +331,7 @@ class HubMachine(RuleBasedStateMachine):
         assert isinstance(client, Client)
         if subscription not in client.subscriptions:
             return []
-        behind = self.hub.synced(subscription, seq)
+        behind = self.hub.synced(subscription, seq, "e")
         for life in self.lives:  # its own gap, when it was live: a new life at once
             if life["subscription"] is subscription in behind and life["end"] is None:
                 life["end"] = len(client.log)
