@@ -140,6 +140,12 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of UTF-8 of a stream's, group's or item's name."""
     connections_max: Count = 100_000
     """Open connections of each port."""
+    connections_per_address_max: Count = 100_000
+    """Open connections of each port that come from one address."""
+    client_messages_per_s_max: Annotated[float, Meta(ge=0, le=10_000_000)] = 1000.0
+    """Messages a second of one client, on average over two; 0 is no limit."""
+    worker_messages_per_s_max: Annotated[float, Meta(ge=0, le=10_000_000)] = 0.0
+    """Messages a second of one worker, likewise."""
     subscriptions_per_connection_max: Count = 10_000
     """Subscriptions of one client connection."""
     response_bytes_max: MessageBytes = 48 * MIB

@@ -242,7 +242,7 @@ class Event(Message, tag=24):
     """A committed change or a custom event, encoded for subscribers and triggers alike.
 
     `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of
-    their registration.
+    their registration. `custom`: no item changed.
     """
 
     stream: str
@@ -252,6 +252,7 @@ class Event(Message, tag=24):
     payload: bytes
     subscribed: bool
     triggers: list[str]
+    custom: bool
 
 
 class Left(Message, tag=25):

@@ -28,12 +28,12 @@ def origin_plausible(headers: Headers, local_address: str) -> bool:
     origins = headers.get_all("Origin")
     if not origins:
         return True
-    host = _host_of("//" + ",".join(headers.get_all("Host")))
-    if not _is_loopback(host) and host != _ip_of(local_address):
+    host = _url_host("//" + ",".join(headers.get_all("Host")))
+    if not _is_loopback(host) and host != host_of(local_address):
         return True
     if len(origins) > 1:
         return False
-    origin = _host_of(origins[0])
+    origin = _url_host(origins[0])
     return origins[0] == "file://" or _is_loopback(origin) or origin == host != ""
 
 
@@ -75,12 +75,12 @@ def same_address(address: str, wanted: str) -> bool:
     """Whether `address` is `wanted`, which may have a port or not."""
     if address == wanted:
         return True
-    has_port = _ip_of(wanted) != wanted.strip("[]")
+    has_port = host_of(wanted) != wanted.strip("[]")
     return not has_port and _address_of(wanted) == _address_of(address) is not None
 
 
-def _ip_of(address: str) -> str:
-    """`address` without its port and brackets."""
+def host_of(address: str) -> str:
+    """`address`, which may have a port, without it and without brackets."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
     return address.partition(":")[0] if address.count(":") == 1 else address
@@ -88,13 +88,13 @@ def _ip_of(address: str) -> str:
 
 def _address_of(text: str) -> _Address | None:
     try:
-        address = ip_address(_ip_of(text))
+        address = ip_address(host_of(text))
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _host_of(url: str) -> str:
+def _url_host(url: str) -> str:
     """The host of a URL in lower case; "" where there is none."""
     try:
         return (urlsplit(url).hostname or "").removesuffix(".")

@@ -25,8 +25,14 @@ from gateway.frames import FrameSplitter
 WRITE_HIGH_WATER_BYTES = 64 * 1024
 CLOSE_TIMEOUT_S = 5.0
 """How long a peer may take to answer a close frame before its socket is cut."""
+CLOSE_STALLED_TIMEOUT_S = 30.0
+"""The same for a peer that has to read first what waits for it."""
 UNREAD_BYTES_MAX = 1024 * 1024
 """Bytes of pongs that a peer may ask for without reading them."""
+
+
+# Why nothing is read from a peer; any of them is enough.
+PAUSED_BY_REQUEST, PAUSED_BY_STOP, PAUSED_BY_WORK, PAUSED_BY_RATE = 1, 2, 4, 8
 
 
 class Peer(Protocol):
@@ -75,6 +81,7 @@ class Connection(asyncio.Protocol):
         self._fragments = bytearray()
         self._waiting: deque[bytes] = deque()
         self._write_paused = False
+        self._read_paused = 0
         self._control_bytes = 0
         self._answered = False
         self._early = False  # whether more than the request came with it
@@ -87,6 +94,8 @@ class Connection(asyncio.Protocol):
         self.received_at = self.connected_at
         self.stalled_since: float | None = None
         self.remote_address = ""
+        self.counted_address = ""
+        """Under which the port counts the connection."""
 
     # What peers and ports use.
 
@@ -119,7 +128,7 @@ class Connection(asyncio.Protocol):
         if self._early_messages:
             self._loop.call_soon(self._take_early)  # when the peer is ready for them
         else:
-            self._transport.resume_reading()
+            self.resume_reading(PAUSED_BY_REQUEST)
         return True
 
     def check_handshake(self) -> Response | None:
@@ -177,7 +186,7 @@ class Connection(asyncio.Protocol):
         self.waiting_bytes = 0
         return dropped
 
-    def close(self, code: int, reason: str = "") -> None:
+    def close(self, code: int, reason: str = "", timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Start the closing handshake; what still waits is dropped."""
         if self._transport is None:
             return
@@ -188,10 +197,10 @@ class Connection(asyncio.Protocol):
         self.flush()
         self.drop_waiting()
         self._out = None
-        self._transport.resume_reading()  # for the answer
+        self.resume_reading(self._read_paused)  # for the answer
         self._protocol.send_close(code, reason)
         self._write_protocol_data()
-        self._arm_close_timer()
+        self._arm_close_timer(timeout_s)
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -204,15 +213,30 @@ class Connection(asyncio.Protocol):
             self._protocol.send_ping(b"")
             self._write_protocol_data()
 
-    def pause_reading(self) -> None:
-        """Take nothing more from the peer for now."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+    @property
+    def read_paused(self) -> bool:
+        """Whether the peer may be silent because nothing is read from it."""
+        return self._read_paused != 0
 
-    def resume_reading(self) -> None:
-        """Go on taking what the peer sends."""
+    @property
+    def write_paused(self) -> bool:
+        """Whether the peer has to read before it is sent more."""
+        return self._write_paused
+
+    def pause_reading(self, why: int) -> None:
+        """Take nothing more from the peer until every reason for that is gone."""
         if self._transport is not None:
-            self._transport.resume_reading()
+            if not self._read_paused:
+                self._transport.pause_reading()
+            self._read_paused |= why
+
+    def resume_reading(self, why: int) -> None:
+        """One reason, or several, to take nothing from the peer are gone."""
+        if self._transport is not None and self._read_paused:
+            self._read_paused &= ~why
+            if not self._read_paused:
+                self.received_at = self._now()
+                self._transport.resume_reading()
 
     # What the event loop calls.
 
@@ -275,11 +299,11 @@ class Connection(asyncio.Protocol):
                 self._take_frame(event)
             elif isinstance(event, Request):
                 self.request = event
-                self.pause_reading()  # until it is accepted
+                self.pause_reading(PAUSED_BY_REQUEST)  # until it is accepted
                 self._port.request_received(self, event)
         self._write_protocol_data()
         if self._protocol.close_expected():
-            self._arm_close_timer()
+            self._arm_close_timer(CLOSE_TIMEOUT_S)
 
     def _take_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.TEXT or frame.opcode is Opcode.BINARY:
@@ -301,7 +325,7 @@ class Connection(asyncio.Protocol):
 
     def _take_early(self) -> None:
         messages, self._early_messages = self._early_messages, []
-        self.resume_reading()
+        self.resume_reading(PAUSED_BY_REQUEST)
         for text in messages:
             self._take_message(text)
 
@@ -329,9 +353,9 @@ class Connection(asyncio.Protocol):
             refusal = self._protocol.reject(HTTPStatus.BAD_REQUEST, "not a valid HTTP request\n")
             self._transport.write(refusal.serialize())
 
-    def _arm_close_timer(self) -> None:
+    def _arm_close_timer(self, timeout_s: float) -> None:
         if self._close_timer is None:
-            self._close_timer = self._loop.call_later(CLOSE_TIMEOUT_S, self.abort)
+            self._close_timer = self._loop.call_later(timeout_s, self.abort)
 
 
 def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -> Response:

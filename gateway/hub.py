@@ -6,8 +6,9 @@ the moment its sync arrives: all events before it are in the sync, all after it 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from broker.messages import Event
 from broker.names import Group
@@ -33,14 +34,26 @@ class Subscriber(Protocol):
     def deliver(self, frames: bytes) -> bool:
         """Send what may be several frames, joined; False: nothing sent, too much waits already."""
 
+    def deliver_newest(self, group: Group, events: Sequence[HubEvent]) -> bool:
+        """The same for who wants only what is newest of each item while it is slow."""
+
     def fell_behind(self) -> None:
         """Drop what waits and get the subscriptions, all of them `behind`, synced again."""
+
+
+class HubEvent(NamedTuple):
+    """An event as the hub holds it until the end of the turn. `custom`: no item changed."""
+
+    item_id: str | None
+    frame: bytes
+    custom: bool
 
 
 class Subscription:
     """One join of one connection. `item_id` None: of the whole group."""
 
     __slots__ = (
+        "conflate",
         "group",
         "item_id",
         "number",
@@ -59,6 +72,7 @@ class Subscription:
         self.item_id = item_id
         self.number = 0  # of the hub, in the order of the joins
         self.with_ids = False  # in its syncs
+        self.conflate = False
         self.state = State.JOINING
 
 
@@ -74,10 +88,18 @@ class _HubGroup:
         self.subscriptions: dict[Subscription, None] = {}
         self.whole: _Live = {}
         self.items: dict[str, _Live] = {}
-        self.events: list[tuple[str | None, bytes]] = []  # item and frame
+        self.conflating: _Live = {}
+        self.events: list[HubEvent] = []
 
-    def live_of(self, item_id: str | None) -> _Live:
+    def live_of(self, subscription: Subscription) -> _Live:
+        item_id = subscription.item_id
+        if subscription.conflate:
+            return self.conflating
         return self.whole if item_id is None else self.items.setdefault(item_id, {})
+
+    @property
+    def live(self) -> bool:
+        return bool(self.whole or self.items or self.conflating)
 
 
 class Hub:
@@ -131,7 +153,7 @@ class Hub:
     def position(self, group: tuple[str, str]) -> tuple[int, str] | None:
         """Up to where the live subscriptions of a group got its events; None without such."""
         found = self._groups.get(group)
-        if found is None or found.seq is None or not (found.whole or found.items):
+        if found is None or found.seq is None or not found.live:
             return None
         return found.seq, found.epoch
 
@@ -148,7 +170,7 @@ class Hub:
         self._flush(group)
         behind = [] if group.seq in (None, seq) else self._gap(group)
         group.seq, group.epoch = seq, epoch
-        live = group.live_of(subscription.item_id)
+        live = group.live_of(subscription)
         live.setdefault(subscription.subscriber, {})[subscription] = None
         subscription.state = State.LIVE
         return behind
@@ -172,8 +194,9 @@ class Hub:
             behind = self._gap(group)
         group.seq = event.seq
         self.events_total += 1
-        if group.whole or group.items:
-            group.events.append((event.item_id, text_frame(event.payload)))
+        if group.live:
+            frame = text_frame(event.payload)
+            group.events.append(HubEvent(event.item_id, frame, event.custom))
             self._turn[key] = group
         return behind
 
@@ -196,24 +219,48 @@ class Hub:
         group.events = []
         if group.whole:
             count = len(events)
-            frames = events[0][1] if count == 1 else b"".join([frame for _, frame in events])
-            self.deliveries_total += count * len(group.whole)
-            late = [s for s in group.whole if not s.deliver(frames)]
+            frames = events[0].frame if count == 1 else b"".join([e.frame for e in events])
+            whole: Collection[Subscriber] = group.whole
+            if group.conflating:
+                whole = [s for s in whole if s not in group.conflating]
+            self.deliveries_total += count * len(whole)
+            late = [s for s in whole if not s.deliver(frames)]
             for subscriber in late:
                 subscriber.fell_behind()
         if group.items:
-            for item_id, frame in events:
-                self._deliver_item(group, item_id, frame)
+            for event in events:
+                self._deliver_item(group, event.item_id, event.frame)
+        if group.conflating:
+            self._deliver_newest(group, events)
 
     def _deliver_item(self, group: _HubGroup, item_id: str | None, frame: bytes) -> None:
         if item_id is None:
             return
         late: list[Subscriber] = []
         for subscriber in group.items.get(item_id, ()):
-            if subscriber in group.whole:
-                continue  # it got the frame already: one per connection and event
+            if subscriber in group.whole or subscriber in group.conflating:
+                continue  # it gets the frame by that: one per connection and event
             self.deliveries_total += 1
             if not subscriber.deliver(frame):
+                late.append(subscriber)
+        for subscriber in late:
+            subscriber.fell_behind()
+
+    def _deliver_newest(self, group: _HubGroup, events: list[HubEvent]) -> None:
+        """To connections with a conflating subscription, whatever else of the group they have."""
+        late: list[Subscriber] = []
+        for subscriber, subscriptions in group.conflating.items():
+            items = {s.item_id for s in subscriptions}
+            wanted: Sequence[HubEvent] = events
+            if None not in items and subscriber not in group.whole:
+                wanted = [
+                    e
+                    for e in events
+                    if e.item_id is not None
+                    and (e.item_id in items or subscriber in group.items.get(e.item_id, ()))
+                ]
+            self.deliveries_total += len(wanted)
+            if wanted and not subscriber.deliver_newest(next(iter(subscriptions)).group, wanted):
                 late.append(subscriber)
         for subscriber in late:
             subscriber.fell_behind()
@@ -229,10 +276,10 @@ class Hub:
     def _unlive(self, group: _HubGroup, subscription: Subscription) -> None:
         if subscription.state is not State.LIVE:
             return
-        live = group.live_of(subscription.item_id)
+        live = group.live_of(subscription)
         subscriptions = live[subscription.subscriber]
         del subscriptions[subscription]
         if not subscriptions:
             del live[subscription.subscriber]
-            if not live and subscription.item_id is not None:
+            if not live and subscription.item_id is not None and not subscription.conflate:
                 del group.items[subscription.item_id]

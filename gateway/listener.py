@@ -8,13 +8,15 @@ import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 
 from websockets.frames import CloseCode
 from websockets.http11 import Request
 
 from broker import logs
 from broker.config import Limits
-from gateway.connection import Connection
+from gateway.access import host_of
+from gateway.connection import CLOSE_STALLED_TIMEOUT_S, PAUSED_BY_STOP, Connection
 
 SWEEP_INTERVAL_S = 0.5
 
@@ -25,18 +27,26 @@ class Listener(ABC):
     """A port that speaks WebSocket. Subclasses say what becomes of a request."""
 
     def __init__(
-        self, name: str, limits: Limits, message_bytes_max: int, send_queue_bytes_max: int
+        self,
+        name: str,
+        limits: Limits,
+        message_bytes_max: int,
+        send_queue_bytes_max: int,
+        stalled_code: int,
     ) -> None:
         self.name = name
+        self.stalled_code = stalled_code
         self.message_bytes_max = message_bytes_max
         self.send_queue_bytes_max = send_queue_bytes_max
         self.limits = limits
         self.connections: set[Connection] = set()
-        self.accepted: set[Connection] = set()
         self.stopping = False
         self.connections_total = 0
         self.refused_total: dict[str, int] = {}
         self.dead_total = 0
+        self.stalled_total = 0
+        self.throttled_total = 0
+        self._by_address: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._now: Callable[[], float] = self._loop.time
         self._unflushed: list[Connection] = []
@@ -75,12 +85,23 @@ class Listener(ABC):
         if self._server is not None:
             self._server.close()
         for connection in self.connections:
-            connection.pause_reading()
+            connection.pause_reading(PAUSED_BY_STOP)
 
     def refuse(self, connection: Connection, status: int, text: str, outcome: str) -> None:
         """Answer a request with an error and count it."""
         self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
         connection.respond_text(status, text)
+
+    def admit(self, connection: Connection, address: str) -> bool:
+        """Count a connection that comes from `address`; refuse it when that has too many."""
+        host = host_of(address)
+        if self._by_address.get(host, 0) >= self.limits.connections_per_address_max:
+            text = "too many connections from this address\n"
+            self.refuse(connection, HTTPStatus.TOO_MANY_REQUESTS, text, "address_limit")
+            return False
+        connection.counted_address = host
+        self._by_address[host] = self._by_address.get(host, 0) + 1
+        return True
 
     @abstractmethod
     def request_received(self, connection: Connection, request: Request) -> None:
@@ -107,19 +128,27 @@ class Listener(ABC):
     def disconnected(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self._pinged.pop(connection, None)
+        if host := connection.counted_address:
+            self._by_address[host] -= 1
+            if not self._by_address[host]:
+                del self._by_address[host]
 
     def _sweep(self, now: float) -> None:
         limits = self.limits
         for connection in list(self.connections):
-            silent = now - connection.received_at
+            silent = 0.0 if connection.read_paused else now - connection.received_at
             if connection.open:
                 stalled = connection.stalled_since
-                if silent > limits.ping_timeout_s or (
-                    stalled is not None and now - stalled > limits.stalled_timeout_s
-                ):
+                if silent > limits.ping_timeout_s:
                     self.dead_total += 1
                     _log.info("connection_dead", port=self.name, remote=connection.remote_address)
                     connection.abort()
+                elif stalled is not None and now - stalled > limits.stalled_timeout_s:
+                    self.stalled_total += 1
+                    _log.info(
+                        "connection_stalled", port=self.name, remote=connection.remote_address
+                    )
+                    connection.close(self.stalled_code, "too slow", CLOSE_STALLED_TIMEOUT_S)
                 elif (
                     silent > limits.ping_interval_s
                     and now - self._pinged.get(connection, 0.0) > limits.ping_interval_s

@@ -17,6 +17,7 @@ from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
+from gateway.connection import PAUSED_BY_STOP
 from gateway.custom_streams import CustomStreams
 from gateway.functions import Functions
 from gateway.hub import Hub
@@ -74,6 +75,7 @@ class Gateway:
             custom=self.custom,
             not_ready=self.not_ready,
         )
+        self.broker_functions = BrokerFunctions(self.stream_port, gateway_id)
         self.worker_port = WorkerPort(
             limits,
             allowed_origins=settings.worker.allowed_origins,
@@ -82,7 +84,7 @@ class Gateway:
             invocations=self.invocations,
             triggers=self.triggers,
             stream_calls=self.stream_calls,
-            broker_functions=BrokerFunctions(self.stream_port, gateway_id),
+            broker_functions=self.broker_functions,
         )
 
     def not_ready(self) -> str | None:
@@ -189,7 +191,7 @@ async def _tell_leaves(gateway: Gateway) -> None:
     """All clients are gone: tell the workers, also those whose conditions have to be asked."""
     gateway.leaves.stop()
     for connection in gateway.worker_port.connections:
-        connection.resume_reading()
+        connection.resume_reading(PAUSED_BY_STOP)
     while gateway.triggers.conditions_waiting:
         await asyncio.sleep(_READY_POLL_S)
 
@@ -229,8 +231,18 @@ def _metrics(gateway: Gateway) -> Metrics:
     )
     metrics.counters(
         "connections_dead",
-        "Connections cut because the peer was silent or took nothing, by port.",
+        "Connections cut because the peer was silent, by port.",
         lambda: [({"port": port.name}, port.dead_total) for port in ports],
+    )
+    metrics.counters(
+        "connections_stalled",
+        "Connections closed because the peer took nothing of what waited, by port.",
+        lambda: [({"port": port.name}, port.stalled_total) for port in ports],
+    )
+    metrics.counters(
+        "connections_throttled",
+        "Times that nothing was read from a peer for a while, as it sent too much, by port.",
+        lambda: [({"port": port.name}, port.throttled_total) for port in ports],
     )
     metrics.gauge(
         "auth_waiting",
@@ -318,6 +330,19 @@ def _metrics(gateway: Gateway) -> Metrics:
     metrics.counter("events", "Events received from shards.", lambda: hub.events_total)
     metrics.counter("deliveries", "Frames of events to clients.", lambda: hub.deliveries_total)
     metrics.counter("event_gaps", "Gaps healed with a sync.", lambda: hub.gaps_total)
+    metrics.counter(
+        "joins_resumed", "Joins that went on from a position.", lambda: stream.resumed_total
+    )
+    metrics.counter(
+        "frames_conflated",
+        "Frames that newer ones of the same item replaced before they were sent.",
+        lambda: stream.conflated_total,
+    )
+    metrics.counter(
+        "clients_disconnected",
+        "Clients closed because a worker asked for it.",
+        lambda: gateway.broker_functions.disconnected_total,
+    )
     metrics.counter(
         "clients_behind", "Times a slow client's backlog was dropped.", lambda: stream.behind_total
     )

@@ -24,12 +24,13 @@ from broker.tasks import Tasks
 from gateway import stream_protocol as wire
 from gateway.access import Proxies, origin_allowed, origin_plausible
 from gateway.auth import Auth, Outcome, Verdict, auth_input, renewal_input
-from gateway.connection import Connection, plain_response
+from gateway.connection import PAUSED_BY_WORK, Connection, plain_response
 from gateway.custom_streams import CustomStreams, Unread
-from gateway.hub import Hub, State, Subscription
+from gateway.hub import Hub, HubEvent, State, Subscription
 from gateway.leaves import Leaves, head_of, leave_payload
 from gateway.listener import Listener
 from gateway.shard_links import Answer, ShardLinks
+from gateway.throttle import Throttle
 from gateway.triggers import Triggers
 from gateway.websocket import text_frame
 
@@ -41,6 +42,8 @@ EXPIRED_CODE = 4401
 """Close code: what the auth function allowed has expired."""
 DISCONNECTED_CODE = 4403
 """Close code: a worker asked for it with `broker::disconnect`."""
+TOO_SLOW_CODE = 4408
+"""Close code: the client read nothing of what waited for it for long."""
 EXPIRY_CHECK_S = 3600.0
 """At least so often the wall clock, which may be set, is asked about an expiry."""
 
@@ -72,7 +75,11 @@ class StreamPort(Listener):
         not_ready: Callable[[], str | None],
     ) -> None:
         super().__init__(
-            "stream", limits, limits.client_message_bytes_max, limits.client_send_queue_bytes_max
+            "stream",
+            limits,
+            limits.client_message_bytes_max,
+            limits.client_send_queue_bytes_max,
+            TOO_SLOW_CODE,
         )
         self.hub = hub
         self.auth = auth
@@ -92,6 +99,7 @@ class StreamPort(Listener):
         self.behind_total = 0
         self.expired_total = 0
         self.resumed_total = 0
+        self.conflated_total = 0
         self.frames_dropped_total = 0
 
     # Requests.
@@ -114,6 +122,8 @@ class StreamPort(Listener):
             connection.respond(response)
             return
         address = self._proxies.client_address(request.headers, connection.remote_address)
+        if not self.admit(connection, address):
+            return
         if self.auth.function_id is None:
             Client(self, connection, address).start(joined)
         else:
@@ -223,6 +233,10 @@ class Client:
         self._inbox_full = False
         self._awaited: Subscription | None = None
         self._closed = False
+        self._conflated: dict[tuple[Group, str], bytes] = {}  # newest frame of items, by age
+        self._conflated_bytes = 0
+        per_s = port.limits.client_messages_per_s_max
+        self._throttle = Throttle(connection, per_s, self._go_on) if per_s else None
 
     def start(self, joined: wire.JoinData | None) -> None:
         """Complete the handshake, and join what the path names."""
@@ -271,8 +285,26 @@ class Client:
     def deliver(self, frames: bytes) -> bool:
         return self._connection.send(frames)
 
+    def deliver_newest(self, group: Group, events: Sequence[HubEvent]) -> bool:
+        if not self._connection.write_paused and not self._conflated:
+            return self._connection.send(b"".join([event.frame for event in events]))
+        for event in events:
+            if event.item_id is None or event.custom:
+                self._port.conflated_total += 1
+                continue
+            key = (group, event.item_id)
+            if (older := self._conflated.pop(key, None)) is not None:
+                self._port.conflated_total += 1
+                self._conflated_bytes -= len(older)
+            self._conflated[key] = event.frame
+            self._conflated_bytes += len(event.frame)
+        return self._conflated_bytes <= self._port.send_queue_bytes_max
+
     def fell_behind(self) -> None:
         self._port.behind_total += 1
+        self._port.frames_dropped_total += len(self._conflated)
+        self._conflated.clear()
+        self._conflated_bytes = 0
         self._port.frames_dropped_total += self._connection.drop_waiting()
         for subscription in self._subscriptions.values():
             if subscription.state is State.LIVE:
@@ -281,6 +313,11 @@ class Client:
     # What the connection calls.
 
     def drained(self) -> None:
+        if self._conflated:
+            frames = b"".join(self._conflated.values())
+            self._conflated.clear()
+            self._conflated_bytes = 0
+            self._connection.send(frames)
         for subscription in list(self._subscriptions.values()):
             if subscription.state is State.BEHIND:
                 self.sync(subscription)
@@ -291,7 +328,7 @@ class Client:
             self._handle_inbox()
         elif len(self._inbox) >= INBOX_MAX and not self._inbox_full:
             self._inbox_full = True
-            self._connection.pause_reading()
+            self._connection.pause_reading(PAUSED_BY_WORK)
 
     def closed(self) -> None:
         self._end_all()
@@ -315,17 +352,23 @@ class Client:
         self._in_loop = False
         if self._inbox_full and not self._inbox:
             self._inbox_full = False
-            self._connection.resume_reading()
+            self._connection.resume_reading(PAUSED_BY_WORK)
 
-    def _go_on(self) -> None:
+    def _done(self) -> None:
         """The message that had to wait is done with: take the next ones."""
         self._handling = False
+        self._go_on()
+
+    def _go_on(self) -> None:
         if not self._in_loop:
             self._handle_inbox()
 
     def _handle_messages(self) -> None:
-        while self._inbox and not self._handling:
+        throttle = self._throttle
+        while self._inbox and not self._handling and not (throttle and throttle.throttled):
             entry = self._inbox.popleft()
+            if throttle is not None:
+                self._port.throttled_total += throttle.count()
             if not isinstance(entry, bytes):
                 self._join_all(entry)
                 continue
@@ -401,7 +444,7 @@ class Client:
             self._port.joins_total["unauthorized"] += 1
             event = {"type": "unauthorized"}
             self._tell(wire.envelope(data.stream_name, data.group_id, data.id, event))
-            self._go_on()
+            self._done()
 
     def _subscribe(self, data: wire.JoinData) -> None:
         self._port.joins_total["accepted"] += 1
@@ -413,6 +456,7 @@ class Client:
             return
         subscription = Subscription(self, data.subscription_id, group, data.id)
         subscription.with_ids = data.ids
+        subscription.conflate = data.conflate
         self._port.hub.add(subscription)
         self._subscriptions[data.subscription_id] = subscription
         self._port.leaves.joined(subscription)
@@ -439,6 +483,8 @@ class Client:
         self._port.leaves.left(subscription, on_purpose=on_purpose)
 
     def _forget(self, subscription: Subscription) -> None:
+        if not any(s.group == subscription.group for s in self._subscriptions.values()):
+            self._forget_conflated(subscription.group)
         if self._port.hub.remove(subscription):
             self._port.links.of(subscription.group).tell(messages.Leave(*subscription.group))
 
@@ -460,7 +506,7 @@ class Client:
             self._tell(wire.authenticated(self.expires_at_ms))
         else:
             self._tell(wire.auth_error(verdict.outcome in _NOT_NOW))
-        self._go_on()
+        self._done()
 
     # Syncs.
 
@@ -487,13 +533,14 @@ class Client:
             self._take_sync(subscription, answer)
         if self._awaited is subscription:
             self._awaited = None
-            self._go_on()
+            self._done()
 
     def _take_sync(self, subscription: Subscription, answer: Answer | Unread) -> None:
         if isinstance(answer, BrokerError):
             self._sync_failed(subscription, answer)
             return
         assert isinstance(answer, Synced | Unread), "what a join is answered with"
+        self._forget_conflated(subscription.group)  # the answer holds what is newer
         behind = self._port.hub.synced(subscription, answer.seq, answer.epoch)
         if isinstance(answer, Unread):  # live all the same; the sync comes once reading works
             self._tell_error(subscription, answer.error)
@@ -506,6 +553,10 @@ class Client:
         for other in behind:
             assert isinstance(other.subscriber, Client)
             other.subscriber.sync(other)
+
+    def _forget_conflated(self, group: Group) -> None:
+        for key in [key for key in self._conflated if key[0] == group]:
+            self._conflated_bytes -= len(self._conflated.pop(key))
 
     def _sync_failed(self, subscription: Subscription, error: BrokerError) -> None:
         if subscription.state is State.LIVE:

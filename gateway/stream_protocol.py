@@ -144,9 +144,14 @@ def envelope(stream: str, group_id: str, item_id: str | None, event: dict[str, A
     )
 
 
+class _Kind(msgspec.Struct):
+    type: str
+
+
 class _Numbered(msgspec.Struct):
     seq: int
     id: str | None
+    event: _Kind
 
 
 _numbered_decoder = msgspec.json.Decoder(_Numbered)
@@ -155,7 +160,8 @@ _numbered_decoder = msgspec.json.Decoder(_Numbered)
 def event_of(group: Group, payload: bytes) -> Event:
     """The event that the envelope `payload` tells to subscribers."""
     numbered = _numbered_decoder.decode(payload)
-    return Event(*group, numbered.id, numbered.seq, payload, subscribed=True, triggers=[])
+    custom = numbered.event.type == "event"
+    return Event(*group, numbered.id, numbered.seq, payload, True, [], custom)
 
 
 def authenticated(expires_at_ms: float | None) -> bytes:

@@ -25,13 +25,14 @@ from broker.messages import Reply
 from gateway import worker_protocol as wire
 from gateway.access import origin_allowed, token_given
 from gateway.broker_functions import BrokerFunctions
-from gateway.connection import Connection
+from gateway.connection import PAUSED_BY_WORK, Connection
 from gateway.engine_functions import Availability, EngineFunctions, WorkerInfo
 from gateway.functions import BUILTINS, Functions
 from gateway.invocations import Executor, Invocations, Result
 from gateway.listener import Listener
 from gateway.shard_links import Answer
 from gateway.stream_calls import StreamCalls
+from gateway.throttle import Throttle
 from gateway.triggers import Triggers
 from gateway.websocket import text_frame
 
@@ -61,7 +62,11 @@ class WorkerPort(Listener):
         broker_functions: BrokerFunctions,
     ) -> None:
         super().__init__(
-            "worker", limits, limits.worker_message_bytes_max, limits.worker_send_queue_bytes_max
+            "worker",
+            limits,
+            limits.worker_message_bytes_max,
+            limits.worker_send_queue_bytes_max,
+            CloseCode.POLICY_VIOLATION,
         )
         self._allowed_origins = allowed_origins
         self._token = token
@@ -91,6 +96,8 @@ class WorkerPort(Listener):
         elif (response := connection.check_handshake()) is not None:
             self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
             connection.respond(response)
+        elif not self.admit(connection, connection.remote_address):
+            pass
         elif path == "/otel":
             connection.accept(_Telemetry())
         else:
@@ -122,6 +129,8 @@ class Worker:
         self._stream_calls = 0
         self._reading_paused = False
         self._gone = False
+        per_s = port.limits.worker_messages_per_s_max
+        self._throttle = Throttle(connection, per_s, self._read_on) if per_s else None
         self.info = WorkerInfo(
             self, self.worker_id, int(time.time() * 1000), connection.remote_address
         )
@@ -168,6 +177,8 @@ class Worker:
         if self._gone or text.startswith(_TELEMETRY):
             return
         self._port.messages_total += 1
+        if self._throttle is not None:
+            self._port.throttled_total += self._throttle.count()
         try:
             message = wire.decode(text)
         except InvalidRequest as error:
@@ -246,7 +257,7 @@ class Worker:
         ):
             if self._stream_calls >= STREAM_CALLS_MAX and not self._reading_paused:
                 self._reading_paused = True
-                self._connection.pause_reading()
+                self._connection.pause_reading(PAUSED_BY_WORK)
             return
         self._stream_calls -= 1
         data, answered = bytes(call.data), partial(self._answered, call)
@@ -275,7 +286,7 @@ class Worker:
     def _read_on(self) -> None:
         if self._reading_paused and self._stream_calls <= STREAM_CALLS_MAX // 2:
             self._reading_paused = False
-            self._connection.resume_reading()
+            self._connection.resume_reading(PAUSED_BY_WORK)
 
     def _engine_call(self, call: wire.InvokeFunction) -> None:
         try:

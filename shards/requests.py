@@ -16,7 +16,7 @@ from broker.tasks import Tasks
 from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, past_payload, resume_payload, sync_payload
-from shards.group import Change, GroupState, Operation, Past, Resumed, Snapshot
+from shards.group import Change, GroupState, Kind, Operation, Past, Resumed, Snapshot
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
@@ -210,6 +210,7 @@ class Requests:
                     payload,
                     link in interested,
                     triggers,
+                    change.kind is Kind.EVENT,
                 )
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import settings
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from broker.messages import Event
 from broker.names import Group
-from gateway.hub import Hub, State, Subscription
+from gateway.hub import Hub, HubEvent, State, Subscription
 from gateway.websocket import text_frame
 
 GROUPS = [Group("s", "g"), Group("s", "h")]
@@ -24,7 +25,7 @@ def payload_of(group: Group, item_id: str | None, seq: int) -> bytes:
 
 
 def event_of(group: Group, item_id: str | None, seq: int) -> Event:
-    return Event(*group, item_id, seq, payload_of(group, item_id, seq), True, [])
+    return Event(*group, item_id, seq, payload_of(group, item_id, seq), True, [], False)
 
 
 class Client:
@@ -32,6 +33,8 @@ class Client:
 
     log: what it was sent, in order: parsed payloads of events, and `("sync", …)`.
     """
+
+    context = b"null"
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
@@ -52,6 +55,9 @@ class Client:
             frames = frames[start + size :]
         return True
 
+    def deliver_newest(self, group: Group, events: Sequence[HubEvent]) -> bool:
+        return self.deliver(b"".join([event.frame for event in events]))
+
     def fell_behind(self) -> None:
         for subscription in self.subscriptions:
             if subscription.state is State.LIVE:
@@ -59,11 +65,18 @@ class Client:
 
 
 def joined(
-    hub: Hub, client: Client, group: Group, item_id: str | None = None, seq: int | None = 0
+    hub: Hub,
+    client: Client,
+    group: Group,
+    item_id: str | None = None,
+    *,
+    seq: int | None = 0,
+    conflate: bool = False,
 ) -> Subscription:
     """A subscription of `client`, live since `seq`; None: still waiting for its sync."""
     name = str(len(client.subscriptions))
     subscription = Subscription(client, name, group, item_id)
+    subscription.conflate = conflate
     client.subscriptions.append(subscription)
     hub.add(subscription)
     if seq is not None:
@@ -276,9 +289,12 @@ class HubMachine(RuleBasedStateMachine):
         client=st.integers(0, 2),
         group=st.sampled_from(GROUPS),
         item_id=st.sampled_from([None, *ITEMS]),
+        conflate=st.booleans(),
     )
-    def join(self, client: int, group: Group, item_id: str | None) -> None:
-        subscription = joined(self.hub, self.clients[client], group, item_id, seq=None)
+    def join(self, client: int, group: Group, item_id: str | None, conflate: bool) -> None:
+        subscription = joined(
+            self.hub, self.clients[client], group, item_id, seq=None, conflate=conflate
+        )
         self.ask_sync(subscription)
 
     @rule(client=st.integers(0, 2), which=st.integers(0, 9))
