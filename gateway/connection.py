@@ -365,6 +365,8 @@ def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -
         {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),
+            "X-Content-Type-Options": "nosniff",
+            "Access-Control-Allow-Origin": "*",  # what is said here is said to everybody
             "Connection": "close",
         }
     )

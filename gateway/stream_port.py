@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import assert_never
 
 from websockets.http11 import Request
@@ -53,7 +54,10 @@ This is a stream broker: it pushes every change of a group's items to whoever jo
 Connect a WebSocket to this address and send
     {"type": "join", "data": {"subscriptionId": "1", "streamName": "chat", "groupId": "room-1"}}
 or connect to /stream/<stream>/<group>/ or /stream/<stream>/<group>/<item>/ and just listen.
+A client for pages, which reconnects and misses nothing: import { Client } from '/client.js'
 """
+
+_CLIENT_FILE = Path(__file__).with_name("static") / "stream.js"
 
 _log = logs.Log("stream_port")
 
@@ -161,6 +165,9 @@ class StreamPort(Listener):
             self.refuse(connection, HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n", "bad_request")
         elif path == "/":
             connection.respond(plain_response(_WELCOME))
+        elif path == "/client.js":
+            text = _CLIENT_FILE.read_text(encoding="utf-8")  # small, and the system caches it
+            connection.respond(plain_response(text, "text/javascript; charset=utf-8"))
         elif path == "/readyz" and (reason := self._not_ready()) is not None:
             self.refuse(
                 connection, HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {reason}\n", "not_ready"
@@ -588,4 +595,4 @@ class Client:
 
 
 _NOT_NOW = (Outcome.UNAVAILABLE, Outcome.OVERLOADED)
-_PAGES = ("/", "/healthz", "/readyz")
+_PAGES = ("/", "/client.js", "/healthz", "/readyz")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 
@@ -44,6 +45,55 @@ def test_worker(memory_broker: Broker) -> None:
             first.wait_for(printed(f"create {said['id']}"))
             other.call("stream::delete", item("chat", "room-1", "msg-9"))
             first.wait_for(printed("delete msg-9"))
+
+
+def test_moderation(memory_broker: Broker) -> None:
+    """What the condition finds is changed for everyone, the rest is left alone."""
+    with example(memory_broker, "moderation.py") as moderator:
+        moderator.wait_for_keys(text="ready")
+        with node_worker(memory_broker) as other:
+            for item_id, text in (("ok", "hello"), ("bad", "buy SPAM now"), ("fine", "bye")):
+                data = {"id": item_id, "text": text}
+                other.call("stream::set", item("chat", "moderated", item_id, data=data))
+            moderator.wait_for(printed("hid bad"))
+
+            def texts() -> list[str]:
+                group = {"stream_name": "chat", "group_id": "moderated"}
+                return [message["text"] for message in other.call("stream::list", group)]
+
+            until(lambda: texts() == ["hello", "(hidden)", "bye"], "the message is hidden")
+
+
+def test_chat_with_auth() -> None:
+    """The token that is printed opens room-1 in a browser, no other room, and no other does."""
+    config = IN_MEMORY.replace("config:\n", "config:\n      auth_function: chat::auth\n", 1)
+    with Broker(config) as broker, example(broker, "auth.py") as auth, browser(EXAMPLES) as page:
+        page.wait_for(lambda report: "origin" in report)
+        token = auth.wait_for(printed("ready"))["text"].rpartition(" ")[2]
+        with node_worker(broker) as worker:
+            data = {"id": "m1", "from": "bob", "text": "for members"}
+            worker.call("stream::set", item("chat", "room-1", "m1", data=data))
+            worker.call("stream::set", item("chat", "room-2", "m1", data=data))
+
+        def opened(room: str, with_token: str) -> None:
+            url = quote(f"{broker.stream_url}/stream/chat/{room}/", safe="")
+            page.send("goto", path=f"/chat.html?url={url}&token={quote(with_token)}")
+
+        opened("room-1", token)
+        until(lambda: page.texts("#messages .text") == ["for members"], "it is shown")
+        opened("room-2", token)
+        until(lambda: page.texts("#state") == ["live"], "connected")
+        assert page.texts("#messages .text") == []
+        opened("room-1", token[:-1] + ("0" if token[-1] != "0" else "1"))
+        until(lambda: metric_of(broker, 'broker_auth_total{outcome="refused"}') >= 1, "refused")
+        assert page.texts("#state") == ["connecting"]
+        assert token not in broker.log
+
+
+def metric_of(broker: Broker, name: str) -> float:
+    with urlopen(broker.metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + " "))
 
 
 def test_chat_page(tmp_path: Path) -> None:
