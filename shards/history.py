@@ -41,7 +41,7 @@ class History:
     def add(self, change: Change) -> None:
         """Keep `change`, and what came before it within the limits."""
         self.changes.append(change)
-        self.bytes += _size(change)
+        self.bytes += len(change.data) + CHANGE_OVERHEAD_BYTES
         limits = self._limits
         while len(self.changes) > limits.events_max or self.bytes > limits.group_bytes_max:
             self.drop_oldest()
@@ -110,9 +110,10 @@ class Histories:
         if not self._limits.events_max:
             return
         before = history.bytes
+        if not history.changes:
+            self._kept[id(history)] = history
         history.add(change)
         self.bytes += history.bytes - before
-        self._kept[id(history)] = history
         if self.bytes > self._limits.bytes_max:
             self._shrink(history, now_ms)
 
