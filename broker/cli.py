@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _become("gateway", options, [])
             case "shard":
                 return _become("shards", options, ["--index", str(options.index)])
+            case "reshard":
+                return _on_folder("reshard", options, ["--shards", str(options.shards)])
+            case "backup" | "restore":
+                return _on_folder("backup", options, [options.directory], options.command)
             case "completion":
                 print(completion(options.shell), end="")
                 return 0
@@ -95,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--index", type=int, required=True, metavar="K", help="from 0")
     for command in (serve, gateway, shard):
         service.add_log_options(command)
+    reshard = found.add_parser("reshard", help="spread the data over other shards, offline")
+    backup = found.add_parser("backup", help="copy the data, also while the broker runs")
+    restore = found.add_parser("restore", help="put a backup in place of no data")
+    for command in (reshard, backup, restore):
+        command.add_argument("--config", metavar="FILE", help="configuration file (YAML)")
+        command.add_argument("--data-dir", metavar="DIR", help="folder of all data")
+    reshard.add_argument("--shards", type=int, required=True, metavar="N")
+    for command in (backup, restore):
+        command.add_argument("directory", metavar="DIR", help="folder of the backup")
     _add_calls(found)
     shells = found.add_parser("completion", help="print a script that completes commands")
     shells.add_argument("shell", choices=_SHELLS)
@@ -184,6 +197,17 @@ def _become(module: str, options: argparse.Namespace, more: list[str]) -> int:
     """Run the process in place of this one, so that it has this one's pid."""
     arguments = [sys.executable, "-m", module, "--config", options.config, *more]
     os.execv(sys.executable, [*arguments, *_log_options(options)])
+
+
+def _on_folder(module: str, options: argparse.Namespace, more: list[str], *first: str) -> int:
+    """Run a command on the data, in place of this process."""
+    given = [
+        word
+        for flag, value in (("--config", options.config), ("--data-dir", options.data_dir))
+        if value is not None
+        for word in (flag, value)
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", f"shards.{module}", *first, *given, *more])
 
 
 def _log_options(options: argparse.Namespace) -> list[str]:

@@ -13,6 +13,9 @@ from shards.files import sync_directory
 
 LAYOUT_VERSION = 1
 FILE_NAME = "manifest.json"
+RESHARDING = "resharding"
+COMPLETE = "complete"
+"""A file in the folder `resharding`: from it on what is in there counts (`shards.reshard`)."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -31,10 +34,46 @@ def check(folder: Path, shards: int) -> None:
         ConfigError: the folder is of another layout or another number of shards, or unusable.
     """
     path = folder / FILE_NAME
+    half_done = folder / RESHARDING / COMPLETE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if half_done.exists():
+            wanted = read_file(half_done).shards
+            raise ConfigError(
+                FILE_PATH_KEY,
+                f"the data in {folder} is being moved to {wanted} shards, which was interrupted;"
+                f" run again: broker reshard --config FILE --shards {wanted}",
+            )
         if not path.exists():
-            _write(path, Manifest(LAYOUT_VERSION, shards))
+            write(path, shards)
+    except OSError as error:
+        raise ConfigError(FILE_PATH_KEY, f"{path} can't be used: {error.strerror}") from None
+    manifest = read_file(path)
+    if manifest.shards != shards:
+        raise ConfigError(
+            "broker.shards",
+            f"is {shards}, but the data in {folder} is spread over {manifest.shards} shards;"
+            f" keep {manifest.shards}, or run: broker reshard --config FILE --shards {shards}",
+        )
+
+
+def read(folder: Path) -> Manifest | None:
+    """The manifest of a folder; None when it has none.
+
+    Raises:
+        ConfigError: it can't be read, or is of another layout.
+    """
+    path = folder / FILE_NAME
+    return read_file(path) if path.exists() else None
+
+
+def read_file(path: Path) -> Manifest:
+    """The manifest at `path`.
+
+    Raises:
+        ConfigError: it can't be read, or is of another layout.
+    """
+    try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise ConfigError(FILE_PATH_KEY, f"{path} can't be used: {error.strerror}") from None
@@ -44,20 +83,12 @@ def check(folder: Path, shards: int) -> None:
         raise ConfigError(
             FILE_PATH_KEY, f"{path} has layout {manifest.layout}, this release has {LAYOUT_VERSION}"
         )
-    if manifest.shards != shards:
-        raise ConfigError(
-            "broker.shards",
-            f"is {shards}, but the data in {folder} is spread over {manifest.shards} shards;"
-            f" keep {manifest.shards}, or run: broker reshard --config FILE --shards {shards}",
-        )
+    return manifest
 
 
-def _write(path: Path, manifest: Manifest) -> None:
-    draft = path.with_name(f"{FILE_NAME}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(msgspec.json.encode(manifest) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def write(path: Path, shards: int) -> None:
+    """Make a manifest at `path`, durable, unless there is one. Raises `OSError`."""
+    draft = _draft(path, shards)
     try:
         os.link(draft, path)  # never over the manifest of a shard that was faster
     except FileExistsError:
@@ -65,3 +96,19 @@ def _write(path: Path, manifest: Manifest) -> None:
     finally:
         draft.unlink()
     sync_directory(path.parent)
+
+
+def replace(folder: Path, shards: int) -> None:
+    """Put another number of shards into the folder's manifest. Raises `OSError`."""
+    path = folder / FILE_NAME
+    _draft(path, shards).rename(path)
+    sync_directory(folder)
+
+
+def _draft(path: Path, shards: int) -> Path:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(msgspec.json.encode(Manifest(LAYOUT_VERSION, shards)) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return draft

@@ -126,7 +126,9 @@ class StreamFile:
             is of no more use but for `close`.
     """
 
-    def __init__(self, path: Path, stream: str) -> None:
+    def __init__(self, path: Path, stream: str, *, durable: bool = True) -> None:
+        """Open the file at `path`, or make it. Without `durable` commits may get lost: for a
+        copy, which is made durable as a whole."""
         self._path = path
         created = not path.exists()
         try:
@@ -136,7 +138,7 @@ class StreamFile:
         except sqlite3.Error as error:
             raise self._failure(error) from error
         try:
-            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
             if not self._pragma("user_version") and not self._pragma("application_id"):
                 self._create(stream)
             self._check(stream)
@@ -177,6 +179,61 @@ class StreamFile:
         except sqlite3.Error as error:
             raise self._failure(error) from error
         return rows
+
+    def all_group_rows(self) -> list[GroupRow]:
+        """The rows of all groups, also of those without items."""
+        try:
+            cursor = self._connection.execute(
+                "SELECT id, group_id, epoch, seq, timestamp_ms, items, bytes FROM groups"
+            )
+            return [GroupRow(*row) for row in cursor]
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def iterate_items(self, row: int) -> Iterator[tuple[str, bytes]]:
+        """As `all_items`, one at a time."""
+        try:
+            yield from self._connection.execute(
+                "SELECT item_id, CAST(value AS BLOB) FROM items WHERE group_key = ? ORDER BY id",
+                (row,),
+            )
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def copy_group(self, source: StreamFile, row: GroupRow) -> None:
+        """Take over a group of another file, with its history; `finish_copy` ends it."""
+        execute, read = self._connection.execute, source._connection.execute
+        try:
+            if not self._connection.in_transaction:
+                execute("BEGIN IMMEDIATE")
+            key, self.next_row = self.next_row, self.next_row + 1
+            values = msgspec.structs.astuple(row)[1:]
+            execute("INSERT INTO groups VALUES (?,?,?,?,?,?,?)", (key, *values))
+            self._connection.executemany(
+                "INSERT INTO items (group_key, item_id, value) VALUES (?,?,?)",
+                read(
+                    "SELECT ?, item_id, value FROM items WHERE group_key = ? ORDER BY id",
+                    (key, row.id),
+                ),
+            )
+            self._connection.executemany(
+                "INSERT INTO history (group_key, last_seq, timestamp_ms, changes) VALUES (?,?,?,?)",
+                read(
+                    "SELECT ?, last_seq, timestamp_ms, changes FROM history"
+                    " WHERE group_key = ? ORDER BY id",
+                    (key, row.id),
+                ),
+            )
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def finish_copy(self) -> None:
+        """Commit what `copy_group` took over, and put all of it into the file itself."""
+        try:
+            self._connection.execute("COMMIT")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
 
     def all_items(self, row: int) -> list[tuple[str, bytes]]:
         """Ids and values of a group's items, in order of first insertion."""
