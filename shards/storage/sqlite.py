@@ -13,14 +13,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from broker import messages
+from broker import logs, messages
 from broker.clock import Clock
 from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError, LimitExceeded, StorageError
@@ -34,12 +34,14 @@ from shards.group import (
     Head,
     Kind,
     Operation,
+    Snapshot,
     attempt,
     new_epoch,
     reads_history,
 )
 from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
+from shards.storage.clock_file import ClockFile
 from shards.storage.sqlite_file import (
     Batch,
     GroupRow,
@@ -64,6 +66,8 @@ _encode = msgspec.msgpack.encode
 _decode = msgspec.msgpack.Decoder(list[Change]).decode
 
 T = TypeVar("T")
+
+_log = logs.Log("storage")
 
 
 class _Stream:
@@ -171,6 +175,7 @@ class SqliteStorage:
         self.cached_bytes = 0
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
+        self._clock_file = ClockFile(directory)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
         self._tasks = Tasks()
 
@@ -182,9 +187,12 @@ class SqliteStorage:
                 FILE_PATH_KEY,
                 f"{self._directory} can't be made: {error.strerror}",
             ) from None
+        self._forgotten_timestamp_ms = await self._in_thread(self._clock_file.read)
 
     async def close(self) -> None:
         await self._tasks.wait()
+        with suppress(StorageError):  # then the next life begins a little later than it had to
+            await self._in_thread(self._clock_file.close)
         for stream in self._streams.values():
             if stream.file is not None:
                 await self._in_thread(stream.file.close)
@@ -245,10 +253,12 @@ class SqliteStorage:
         if len(operations) == 1 and _reads_whole(operations[0]):
             group = state.groups[operations[0].group_id]
             if not group.complete:
-                return [await self._read_large(state, group, operations[0])]
+                settled = [await self._read_large(state, group, operations[0])]
+                await self._reserve(settled)
+                return settled
         now_ms = self._clock()
         changes = _Changes(self._history_limits)
-        settled: list[Settled] = []
+        settled = []
         for operation in operations:
             group = state.groups[operation.group_id]
             outcome = attempt(group, operation, now_ms, self._response_bytes_max)
@@ -257,6 +267,7 @@ class SqliteStorage:
                 changes.add(group, outcome.change)
         if changes.groups:
             await self._commit(state, changes, now_ms)
+        await self._reserve(settled)
         self._account(state, {operation.group_id for operation in operations})
         return settled
 
@@ -317,6 +328,19 @@ class SqliteStorage:
         group.complete = self._size(group) <= self._large_bytes
         group.untrimmed = self._history_limits.group_bytes_max  # nobody knows
         return group
+
+    async def _reserve(self, settled: list[Settled]) -> None:
+        """Have the timestamps of syncs, which no commit holds, remembered past a crash."""
+        latest = max((o.timestamp_ms for o, _ in settled if isinstance(o, Snapshot)), default=0)
+        clock_file = self._clock_file
+        clock_file.latest_ms = max(clock_file.latest_ms, latest)
+        if latest > clock_file.reserved_ms:
+            try:
+                await self._in_thread(lambda: clock_file.reserve(latest))
+            except (
+                StorageError
+            ) as error:  # a full disk: reads go on, at a risk that needs two faults
+                _log.warning("clock_not_reserved", reason=error.message)
 
     async def _load_history(self, state: _Stream, operation: Operation) -> None:
         """Give the group as much of its history as `operation` may need."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -207,6 +208,26 @@ async def test_it_survives(durable: Storages) -> None:
     async with durable.opened() as storage:
         await settle(storage, "s", put("a", 2))
         assert await missed(storage, 0, epoch) == [1, 2, 3]
+
+
+@asynchronous
+async def test_times_of_syncs_survive_a_crash_and_a_step_back(
+    durable: Storages,
+) -> None:
+    async with durable.opened() as storage:
+        await settle(storage, "s", put("a", 1))
+        durable.clock.now_ms += 3_600_000
+        ((sync, _),) = await settle(storage, "s", messages.Join(0, "", "g", None))
+        ((other, _),) = await settle(storage, "s", messages.Join(0, "", "empty", None))
+        copy = durable.directory.with_name("crashed")
+        shutil.copytree(durable.directory, copy)  # as kill -9 leaves it
+    durable.directory = copy
+    durable.clock.now_ms -= 7_200_000
+    async with durable.opened() as storage:
+        ((done, _),) = await settle(storage, "s", put("a", 2))
+        assert done.change.timestamp_ms > sync.timestamp_ms
+        ((later, _),) = await settle(storage, "s", messages.Join(0, "", "empty", None))
+        assert later.timestamp_ms > other.timestamp_ms
 
 
 @asynchronous
