@@ -53,7 +53,7 @@ class FrameReader(Generic[M]):
                 break
             try:
                 messages += self._decoder.decode(memoryview(buffer)[body : body + size])
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ProtocolError("link_protocol", f"a bad link frame: {error}") from None
             start = body + size
         del buffer[:start]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
 
 LogFormat = Literal["text", "json"]
+
+REPEATS_MAX, WINDOW_S = 100, 10.0
 
 _FIELDS = "broker_fields"
 _TEXT_MAX = 500  # characters of a value that a line shows
@@ -30,10 +33,15 @@ def configure(process: str, log_format: LogFormat, level: str) -> None:
 
 
 class Log:
-    """Writes events of one part of the program."""
+    """Writes events of one part of the program.
+
+    Of one event at most `REPEATS_MAX` lines are written in `WINDOW_S`, whatever peers do; how many
+    more there were is told with the next one after that.
+    """
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
+        self._windows: dict[str, _Window] = {}
 
     def debug(self, event: str, **fields: object) -> None:
         self._write(logging.DEBUG, event, fields)
@@ -48,8 +56,30 @@ class Log:
         self._write(logging.ERROR, event, fields)
 
     def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
-        if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, extra={_FIELDS: fields})
+        if not self._logger.isEnabledFor(level):
+            return
+        window = self._windows.setdefault(event, _Window())
+        now = time.monotonic()
+        if now - window.began_at > WINDOW_S:
+            if window.left_out:
+                fields = fields | {"left_out_before": window.left_out}
+            window.began_at, window.count, window.left_out = now, 0, 0
+        window.count += 1
+        if window.count > REPEATS_MAX:
+            window.left_out += 1
+            return
+        self._logger.log(level, event, extra={_FIELDS: fields})
+
+
+class _Window:
+    """How often an event was written lately."""
+
+    __slots__ = ("began_at", "count", "left_out")
+
+    def __init__(self) -> None:
+        self.began_at = float("-inf")
+        self.count = 0
+        self.left_out = 0
 
 
 class _Whole(str):

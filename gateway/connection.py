@@ -7,6 +7,9 @@ what waits to be written to it, and hands whole messages to its peer object.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -30,6 +33,8 @@ CLOSE_STALLED_TIMEOUT_S = 30.0
 UNREAD_BYTES_MAX = 1024 * 1024
 """Bytes of pongs that a peer may ask for without reading them."""
 
+
+_HEAD_END = b"\r\n\r\n"
 
 # Why nothing is read from a peer; any of them is enough.
 PAUSED_BY_REQUEST, PAUSED_BY_STOP, PAUSED_BY_WORK, PAUSED_BY_RATE = 1, 2, 4, 8
@@ -84,8 +89,9 @@ class Connection(asyncio.Protocol):
         self._read_paused = 0
         self._control_bytes = 0
         self._answered = False
-        self._early = False  # whether more than the request came with it
-        self._early_messages: list[bytes] = []
+        self._head_end = b""  # of what came of the request: its end may be cut anywhere
+        self._early = b""  # what came behind the request before it was answered
+        self._outstanding = 0
         self._splitter: FrameSplitter | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self.waiting_bytes = 0
@@ -121,11 +127,10 @@ class Connection(asyncio.Protocol):
         self._protocol.send_response(self._acceptance)
         self._write_protocol_data()
         self._out = self._transport
-        if not self._early:  # else the library may be in the middle of a frame
-            self._splitter = FrameSplitter(
-                self._take_message, self._for_library, self._port.message_bytes_max
-            )
-        if self._early_messages:
+        self._splitter = FrameSplitter(
+            self._take_message, self._for_library, self._port.message_bytes_max
+        )
+        if self._early:
             self._loop.call_soon(self._take_early)  # when the peer is ready for them
         else:
             self.resume_reading(PAUSED_BY_REQUEST)
@@ -205,6 +210,8 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Cut the connection."""
         if self._transport is not None:
+            self._out = None
+            self.drop_waiting()
             self._transport.abort()
 
     def ping(self) -> None:
@@ -222,6 +229,21 @@ class Connection(asyncio.Protocol):
     def write_paused(self) -> bool:
         """Whether the peer has to read before it is sent more."""
         return self._write_paused
+
+    def takes_bytes(self) -> bool:
+        """Whether the peer took something of what it was sent since the last time.
+
+        Pings and their answers lie behind that: a slow peer may be silent, and lives.
+        """
+        if self._transport is None:
+            return False
+        outstanding = self._transport.get_write_buffer_size()
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            unread = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+            outstanding += int.from_bytes(unread, sys.byteorder)
+        before, self._outstanding = self._outstanding, outstanding
+        return outstanding < before
 
     def pause_reading(self, why: int) -> None:
         """Take nothing more from the peer until every reason for that is gone."""
@@ -251,7 +273,17 @@ class Connection(asyncio.Protocol):
         if self._splitter is not None:
             self._splitter.receive_data(data)
             return
-        self._early = self.request is not None or not data.endswith(b"\r\n\r\n")
+        if self.request is not None:  # not answered yet
+            self._early += data
+            if len(self._early) > UNREAD_BYTES_MAX:
+                self.abort()
+            return
+        # The library gets the request alone: it would answer a ping before the request.
+        before = len(self._head_end)
+        end = (self._head_end + data).find(_HEAD_END)
+        self._head_end = (self._head_end + data)[-len(_HEAD_END) + 1 :]
+        if end >= 0:
+            data, self._early = data[: end - before + 4], data[end - before + 4 :]
         self._protocol.receive_data(data)
         self._take_events()
 
@@ -318,21 +350,22 @@ class Connection(asyncio.Protocol):
                 self._take_message(message)
 
     def _take_message(self, text: bytes) -> None:
-        if self._peer is None:  # came with the request; no more than one read of the socket gave
-            self._early_messages.append(text)
-        elif self._out is not None:  # not while closing
+        if self._peer is not None and self._out is not None:  # not while closing
             self._peer.message_received(text)
 
     def _take_early(self) -> None:
-        messages, self._early_messages = self._early_messages, []
+        early, self._early = self._early, b""
+        self.flush()  # a greeting comes before the answer to anything
         self.resume_reading(PAUSED_BY_REQUEST)
-        for text in messages:
-            self._take_message(text)
+        if self._splitter is not None:
+            self._splitter.receive_data(early)
 
     def _write_protocol_data(self) -> None:
         """Write what the library wants sent: handshake, pongs, close frames, the end."""
         if isinstance(self._protocol.handshake_exc, InvalidMessage) and self.request is None:
             self._answer_garbage()
+        if self._protocol.state is not OPEN:
+            self.flush()  # what was answered before the peer closed
         for data in self._protocol.data_to_send():
             if self._transport is None:
                 return

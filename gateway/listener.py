@@ -138,6 +138,9 @@ class Listener(ABC):
         for connection in list(self.connections):
             silent = 0.0 if connection.read_paused else now - connection.received_at
             if connection.open:
+                if silent > limits.ping_interval_s or connection.stalled_since is not None:
+                    self._look_for_life(connection, now)
+                    silent = min(silent, now - connection.received_at)
                 stalled = connection.stalled_since
                 if silent > limits.ping_timeout_s:
                     self.dead_total += 1
@@ -160,3 +163,10 @@ class Listener(ABC):
                 and now - connection.connected_at > limits.handshake_timeout_s
             ):
                 connection.abort()
+
+    def _look_for_life(self, connection: Connection, now: float) -> None:
+        """What the peer takes is a sign of life, however little it sends."""
+        if connection.takes_bytes():
+            connection.received_at = now
+            if connection.stalled_since is not None:
+                connection.stalled_since = now
