@@ -57,6 +57,7 @@ class Subscription:
         "group",
         "item_id",
         "number",
+        "position",
         "state",
         "subscriber",
         "subscription_id",
@@ -73,6 +74,8 @@ class Subscription:
         self.number = 0  # of the hub, in the order of the joins
         self.with_ids = False  # in its syncs
         self.conflate = False
+        self.position: tuple[int, str | None] | None = None
+        """From where it wants to go on, until it could: a seq and an epoch."""
         self.state = State.JOINING
 
 

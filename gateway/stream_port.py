@@ -476,7 +476,9 @@ class Client:
         """Sync, and take no further message before it came: joins are answered in order."""
         self._handling = True
         self._awaited = subscription
-        self.sync(subscription, data.position, data.epoch)
+        since = data.position
+        subscription.position = None if since is None else (since, data.epoch)
+        self.sync(subscription)
 
     def _leave(self, data: wire.LeaveData) -> None:
         subscription = self._subscriptions.get(data.subscription_id)
@@ -517,15 +519,14 @@ class Client:
 
     # Syncs.
 
-    def sync(
-        self, subscription: Subscription, since: int | None = None, epoch: str | None = None
-    ) -> None:
-        """Ask for a snapshot, or for what was missed since a position; the subscription is live
-        when it comes, if it is not yet."""
+    def sync(self, subscription: Subscription) -> None:
+        """Ask for a snapshot, or for what was missed since the position of the join; the
+        subscription is live when it comes, if it is not yet."""
         if subscription.state is State.BEHIND:
             subscription.state = State.JOINING
         answered = partial(self._synced, subscription)
         group = subscription.group
+        since, epoch = subscription.position or (None, None)
         message = messages.Join(0, *group, subscription.item_id, None, since, epoch)
         message.with_ids = subscription.with_ids
         if self._port.custom.takes(group):
@@ -553,6 +554,7 @@ class Client:
             self._tell_error(subscription, answer.error)
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
         else:
+            subscription.position = None
             frames = [text_frame(payload) for payload in (answer.payload, *(answer.missed or ()))]
             self._port.resumed_total += answer.resumed
             if not self._connection.send(b"".join(frames)):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -15,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    found = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found is not None, language
-    return found.group(1)
+def block(language: str, number: int = 0) -> str:
+    """The text of a block of a language, counted from 0."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    text: str = found[number]
+    return text
 
 
 def test_the_first_worker_runs(tmp_path: Path) -> None:
@@ -34,6 +36,26 @@ def test_the_first_worker_runs(tmp_path: Path) -> None:
         ).stdout
     assert "stored: {" in output, output
     assert "changed: msg-1 {'type': 'create'" in output, output
+
+
+def test_the_client_runs(tmp_path: Path) -> None:
+    with Broker() as broker:
+        program = tmp_path / "client.py"
+        program.write_text(block("python", 1).replace("ws://localhost:3112", broker.stream_url))
+        output = subprocess.run(
+            [sys.executable, str(program)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            cwd=ROOT,
+        ).stdout
+        with urlopen(broker.stream_url.replace("ws:", "http:") + "/client.js") as response:
+            module = response.read().decode()
+            assert response.headers["Content-Type"] == "text/javascript; charset=utf-8"
+            assert response.headers["Access-Control-Allow-Origin"] == "*"
+    assert output == "sync None {}\n"
+    assert re.search(r"^export class Client", module, re.MULTILINE)
 
 
 def test_the_configuration_is_valid(tmp_path: Path) -> None:

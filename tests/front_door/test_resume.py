@@ -233,6 +233,30 @@ def test_it_survives_the_death_of_every_process(run: Run) -> None:
         run(main(broker))
 
 
+def test_a_shard_that_is_away_when_the_client_comes(run: Run) -> None:
+    """It is told so, and gets what it missed once the shard is back."""
+
+    async def main(broker: Broker) -> None:
+        worker = await Worker.open(broker.worker_url)
+        async with await StreamClient.open(broker.stream_url) as client:
+            sync = await client.join("chat", "away")
+        for n in range(3):
+            await put(worker, "away", "a", n)
+        client = await StreamClient.open(broker.stream_url)
+        for name in ("shard-0", "shard-1"):
+            os.kill(broker.children()[name], signal.SIGKILL)
+        await client.send_join("chat", "away", since=sync["seq"], epoch=sync["epoch"])
+        frame = await client.next(lambda f: f["event"]["type"] != "error", patience_s=LONG_S)
+        assert frame["resumed"] is True
+        missed = [await client.next(lambda f: "seq" in f) for _ in range(3)]
+        assert [frame["seq"] for frame in missed] == [1, 2, 3]
+        await client.close()
+        await worker.close()
+
+    with Broker() as broker:
+        run(main(broker))
+
+
 def test_no_more_than_is_kept(run: Run) -> None:
     async def main(broker: Broker) -> None:
         worker = await Worker.open(broker.worker_url)
