@@ -16,7 +16,8 @@ test: .venv/.installed-dev lint
 	tests/setup/rust.sh
 	@# A machine that stands still for seconds fails tests with real processes: what failed gets
 	@# one more try, on its own, and both runs are shown.
-	$(BIN)/python -m pytest -q || $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		|| $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
