@@ -72,6 +72,35 @@ class Port(Protocol):
 class Connection(asyncio.Protocol):
     """One connection of a port, from accept to close."""
 
+    __slots__ = (
+        "_acceptance",
+        "_answered",
+        "_close_timer",
+        "_control_bytes",
+        "_early",
+        "_fragments",
+        "_head_end",
+        "_loop",
+        "_now",
+        "_out",
+        "_outstanding",
+        "_peer",
+        "_port",
+        "_protocol",
+        "_read_paused",
+        "_splitter",
+        "_transport",
+        "_waiting",
+        "_write_paused",
+        "connected_at",
+        "counted_address",
+        "received_at",
+        "remote_address",
+        "request",
+        "stalled_since",
+        "waiting_bytes",
+    )
+
     def __init__(self, port: Port, now: Callable[[], float]) -> None:
         self._port = port
         self._now = now

@@ -223,6 +223,28 @@ class StreamPort(Listener):
 class Client:
     """A connected client and its subscriptions."""
 
+    __slots__ = (
+        "_awaited",
+        "_closed",
+        "_conflated",
+        "_conflated_bytes",
+        "_connection",
+        "_expiry",
+        "_handling",
+        "_in_loop",
+        "_inbox",
+        "_inbox_full",
+        "_port",
+        "_question",
+        "_subscriptions",
+        "_throttle",
+        "address",
+        "connected_at_ms",
+        "context",
+        "expires_at_ms",
+        "number",
+    )
+
     def __init__(self, port: StreamPort, connection: Connection, address: str) -> None:
         self._port = port
         self._connection = connection
