@@ -183,7 +183,12 @@ def _serve(options: argparse.Namespace) -> int:
         metrics_port=options.metrics_port,
     )
     settings = _load(options.config, overrides)
-    return uvloop.run(supervisor.serve(settings, _log_options(options)))
+
+    def load() -> Config:
+        return _load(options.config, overrides)
+
+    again = None if options.config is None else load
+    return uvloop.run(supervisor.serve(settings, _log_options(options), again))
 
 
 def _load(path: str | None, overrides: Overrides) -> Config:

@@ -1,8 +1,9 @@
 """What every process of the broker does: settings, event loop, signals, telling that it is ready.
 
 The supervisor starts a process with its configuration, as JSON in one line, on standard input,
-and keeps that pipe open: its end tells the process that the supervisor is gone. Under systemd a
-process is given a configuration file instead.
+and keeps that pipe open: a further line is a new configuration, answered with a `Reloaded` on
+standard output, and its end tells the process that the supervisor is gone. Under systemd a
+process is given a configuration file instead, which it reads again on SIGHUP.
 """
 
 from __future__ import annotations
@@ -16,18 +17,31 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import uvloop
+from msgspec import structs
 
 from broker import config, logs
 from broker.config import Config
 from broker.errors import ConfigError
+from broker.notify import Notifier
 
 CONFIG_EXIT_CODE = 2
 BACKLOG = 4096
 _GC_THRESHOLD = 50_000
+_READ_BYTES = 65536
+_RELOADED_LIMITS = (
+    "client_messages_per_s_max",
+    "connections_max",
+    "connections_per_address_max",
+    "ping_interval_s",
+    "ping_timeout_s",
+    "stalled_timeout_s",
+    "subscriptions_per_connection_max",
+    "worker_messages_per_s_max",
+)
 
 _log = logs.Log("service")
 
@@ -40,31 +54,151 @@ class Ready(msgspec.Struct, frozen=True):
     metrics: str = ""
 
 
+class Reloaded(msgspec.Struct, frozen=True):
+    """What a process says of a further configuration: why it can't be used; empty: it is used."""
+
+    refused: str = ""
+
+
 Serve = Callable[["Service"], Coroutine[Any, Any, None]]
+_Value = TypeVar("_Value")
 
 
 class Service:
-    """Handed to a process's main coroutine."""
+    """Handed to a process's main coroutine.
 
-    def __init__(self, settings: Config, index: int, supervised: bool) -> None:
+    Args:
+        path: of the configuration file; None for a process that is supervised.
+    """
+
+    def __init__(self, settings: Config, index: int, path: str | None, notifier: Notifier) -> None:
         self.config = settings
         self.index = index
         self.stopping = asyncio.Event()
         self.exit_code = 0
-        self._supervised = supervised
+        self.on_reload: Callable[[Config], None] | None = None
+        """Makes the process's parts use a configuration that `reloaded` made. Raises ConfigError
+        when it can't be used; then everything is as it was."""
+        self._path = path
+        self._notifier = notifier
+        self._status = ""
+        self._reload_wanted = False
 
     def ready(self, ready: Ready) -> None:
         """Tell whoever started the process that it serves."""
-        if self._supervised:
-            print(msgspec.json.encode(ready).decode(), flush=True)
+        if self._path is None:
+            _say(ready)
+        self._status = status_of(ready)
+        self._notifier.ready(self._status)
         gc.freeze()  # what start-up made lives as long as the process
         gc.set_threshold(_GC_THRESHOLD)  # few cycles are made, many objects are
+        if self._reload_wanted:
+            self.reload_file()
+
+    def stop(self) -> None:
+        """Begin to stop."""
+        if not self.stopping.is_set():
+            self._notifier.stopping()
+            self.stopping.set()
 
     def crash(self, reason: str) -> None:
         """Stop with an exit code that makes whoever supervises start the process again."""
         _log.error("process_failed", reason=reason)
         self.exit_code = 1
-        self.stopping.set()
+        self.stop()
+
+    def reload_file(self) -> None:
+        """Read the configuration file again and use what can be used without a restart."""
+        if self._path is None or self.stopping.is_set():
+            return  # the supervisor reads the file and hands it over
+        if not self._status:
+            self._reload_wanted = True
+            return
+        self._notifier.reloading()
+        try:
+            settings, _ = config.load(self._path, config.Overrides(), os.environ)
+            self._reload(settings)
+        except ConfigError as error:
+            _log.error("config_not_reloaded", reason=error)
+        self._notifier.ready(self._status)
+
+    def hand_over(self, line: bytes) -> None:
+        """Use the configuration in a line of the supervisor's, and answer it."""
+        try:
+            self._reload(config.from_json(line))
+        except ConfigError as error:
+            _say(Reloaded(str(error)))
+        else:
+            _say(Reloaded())
+
+    def _reload(self, settings: Config) -> None:
+        used, left = reloaded(self.config, settings)
+        if self.on_reload is not None:
+            self.on_reload(used)
+        self.config = used
+        tell_reloaded(left)
+
+
+def _say(message: Ready | Reloaded) -> None:
+    print(msgspec.json.encode(message).decode(), flush=True)
+
+
+def status_of(ready: Ready) -> str:
+    """What `systemctl status` shows of a process that serves."""
+    addresses = structs.asdict(ready).items()
+    return " ".join(["ready", *(f"{name}={url}" for name, url in addresses if url)])
+
+
+# Reloading.
+
+
+def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """`old` with all of `new` that a running broker can take over, and the keys, as a file has
+    them, of what it can't, each of which needs a restart."""
+    limits = {name: getattr(new.limits, name) for name in _RELOADED_LIMITS}
+    used = structs.replace(
+        old,
+        # One replaces another only: clients that nobody was asked about can't renew anything.
+        stream=structs.replace(
+            old.stream, auth_function=_other(old.stream.auth_function, new.stream.auth_function)
+        ),
+        stream_access=structs.replace(
+            old.stream_access, tls=_other(old.stream_access.tls, new.stream_access.tls)
+        ),
+        worker=structs.replace(old.worker, tls=_other(old.worker.tls, new.worker.tls)),
+        limits=structs.replace(old.limits, **limits),
+    )
+    parts: tuple[tuple[str, msgspec.Struct, msgspec.Struct], ...] = (
+        ("modules[].config", used.stream, new.stream),
+        ("broker.stream", used.stream_access, new.stream_access),
+        ("broker.worker", used.worker, new.worker),
+        ("broker.metrics", used.metrics, new.metrics),
+        ("broker.limits", used.limits, new.limits),
+    )
+    left = [
+        f"{path}.{name}"
+        for path, mine, wanted in parts
+        for name, value in structs.asdict(wanted).items()
+        if getattr(mine, name) != value
+    ]
+    if used.adapter != new.adapter:
+        left.append("modules[].config.adapter")
+    if used.shards != new.shards:
+        left.append("broker.shards")
+    if used.run_dir != new.run_dir:
+        left.append("broker.run_dir")
+    return used, left
+
+
+def tell_reloaded(left: list[str]) -> None:
+    """Log that the configuration was taken over, but for these keys."""
+    _log.info("config_reloaded")
+    for key in left:
+        _log.warning("config_key_needs_restart", key=key)
+
+
+def _other(old: _Value | None, new: _Value | None) -> _Value | None:
+    return old if old is None or new is None else new  # what is off stays off, what is on, on
 
 
 def options(name: str) -> argparse.ArgumentParser:
@@ -90,24 +224,29 @@ def run(name: str, arguments: argparse.Namespace, index: int, serve: Serve) -> i
     and `CONFIG_EXIT_CODE`.
     """
     logs.configure(name, arguments.log_format, arguments.log_level)
+    notifier = Notifier(os.environ)
+    lines = _Lines(sys.stdin.fileno()) if arguments.config is None else None
     try:
-        if arguments.config is None:
-            settings = config.from_json(sys.stdin.buffer.readline())
+        if lines is not None:
+            settings = config.from_json(lines.first())
         else:
             settings, _ = config.load(arguments.config, config.Overrides(), os.environ)
-        return uvloop.run(_main(settings, index, arguments.config is None, serve))
+        return uvloop.run(
+            _main(Service(settings, index, arguments.config, notifier), notifier, lines, serve)
+        )
     except ConfigError as error:
         print(f"broker: {error}", file=sys.stderr)
         return CONFIG_EXIT_CODE
 
 
-async def _main(settings: Config, index: int, supervised: bool, serve: Serve) -> int:
-    service = Service(settings, index, supervised)
+async def _main(service: Service, notifier: Notifier, lines: _Lines | None, serve: Serve) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stopping.set)
-    if supervised:
-        loop.add_reader(sys.stdin.fileno(), _supervisor_gone, service, loop)
+        loop.add_signal_handler(number, service.stop)
+    loop.add_signal_handler(signal.SIGHUP, service.reload_file)
+    if lines is not None:
+        loop.add_reader(lines.descriptor, _supervisor_said, lines, service, loop)
+    notifier.watch(loop)
 
     def unexpected(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # A fault of ours: what it left behind can't be trusted, a fresh process can.
@@ -122,10 +261,37 @@ async def _main(settings: Config, index: int, supervised: bool, serve: Serve) ->
     return service.exit_code
 
 
-def _supervisor_gone(service: Service, loop: asyncio.AbstractEventLoop) -> None:
-    if not os.read(sys.stdin.fileno(), 4096):
-        loop.remove_reader(sys.stdin.fileno())
-        service.stopping.set()
+class _Lines:
+    """Lines that the supervisor writes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._received = b""
+
+    def first(self) -> bytes:
+        """The first line, waiting for it; what there is when none comes."""
+        while b"\n" not in self._received and (data := os.read(self.descriptor, _READ_BYTES)):
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line
+
+    def read(self) -> list[bytes] | None:
+        """What can be read now, as whole lines; None at the end."""
+        data = os.read(self.descriptor, _READ_BYTES)
+        if not data:
+            return None
+        *lines, self._received = (self._received + data).split(b"\n")
+        return lines
+
+
+def _supervisor_said(lines: _Lines, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+    further = lines.read()
+    if further is None:
+        loop.remove_reader(lines.descriptor)
+        service.stop()
+        return
+    for line in further:
+        service.hand_over(line)
 
 
 def listening_socket(host: str, port: int, key: str) -> socket.socket:

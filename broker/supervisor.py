@@ -1,18 +1,32 @@
-"""`broker serve`: starts shards and gateway, restarts what dies, stops them in order."""
+"""`broker serve`: starts shards and gateway, restarts what dies, stops them in order.
+
+On SIGHUP it reads the configuration file again and hands it to the gateway, which is all that has
+anything to reload.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from broker import config, logs
 from broker.config import Config
-from broker.service import CONFIG_EXIT_CODE, Ready
+from broker.errors import ConfigError
+from broker.notify import Notifier
+from broker.service import (
+    CONFIG_EXIT_CODE,
+    Ready,
+    Reloaded,
+    reloaded,
+    status_of,
+    tell_reloaded,
+)
 
 RESTART_FIRST_S, RESTART_MAX_S = 0.1, 5.0
 STABLE_S = 30.0
@@ -32,6 +46,7 @@ class _Child:
         self._settings = settings
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        self._serves = False
 
     async def start(self) -> Ready | None:
         """Start the process; what it says when it is ready, None when it ends before."""
@@ -49,7 +64,30 @@ class _Child:
             process.stdin.write(config.to_json(self._settings) + b"\n")
             await process.stdin.drain()  # the pipe stays open: its end would stop the process
         line = await process.stdout.readline()
+        self._serves = bool(line)
         return msgspec.json.decode(line, type=Ready) if line else None
+
+    async def reload(self, settings: Config) -> None:
+        """Make the process use other settings, now and when it is started again.
+
+        Raises:
+            ConfigError: it can't, and goes on as before.
+        """
+        process = self.process
+        if process is None or not self._serves:
+            raise ConfigError("", f"the {self.name} does not run just now")
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(config.to_json(settings) + b"\n")
+            await process.stdin.drain()
+        line = await process.stdout.readline()
+        if not line:
+            raise ConfigError("", f"the {self.name} ended meanwhile")
+        refused = msgspec.json.decode(line, type=Reloaded).refused
+        if refused:
+            raise ConfigError("", refused)
+        self._settings = settings
 
     async def keep(self) -> None:
         """Start the process again whenever it ends, until cancelled."""
@@ -59,6 +97,7 @@ class _Child:
         while True:
             assert self.process is not None, "started before"
             code = await self.process.wait()
+            self._serves = False
             if loop.time() - started > STABLE_S:
                 delay_s = RESTART_FIRST_S
             _log.warning("process_died", process=self.name, exit_code=code, restart_in_s=delay_s)
@@ -90,12 +129,23 @@ class _Child:
                 await process.wait()
 
 
-async def serve(settings: Config, log_options: Sequence[str]) -> int:
-    """Run a whole broker until SIGTERM or SIGINT; returns the exit code."""
-    stopping = asyncio.Event()
+Load = Callable[[], Config]
+
+
+async def serve(settings: Config, log_options: Sequence[str], load: Load | None = None) -> int:
+    """Run a whole broker until SIGTERM or SIGINT; returns the exit code.
+
+    On SIGHUP `load` is asked for the settings anew; it may raise ConfigError. Without it, and on a
+    terminal, whose end is what the signal tells there, SIGHUP ends the broker too.
+    """
+    notifier = Notifier(os.environ)
+    stopping, hung_up = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    reloads = load is not None and not os.isatty(0)
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set if reloads else stopping.set)
+    notifier.watch(loop)
     shards = [
         _Child(f"shard-{k}", ["-m", "shards", "--index", str(k), *log_options], settings)
         for k in range(settings.shards)
@@ -112,7 +162,14 @@ async def serve(settings: Config, log_options: Sequence[str]) -> int:
             f" shards={settings.shards}",
             flush=True,
         )
+        status = status_of(ready)
+        notifier.ready(status)
         keepers = [asyncio.create_task(child.keep()) for child in children]
+        if load is not None:
+            reloading = _reload_when(
+                hung_up, load, settings, gateway, notifier=notifier, status=status
+            )
+            keepers.append(asyncio.create_task(reloading))
         await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
         for keeper in keepers:
             keeper.cancel()
@@ -122,10 +179,36 @@ async def serve(settings: Config, log_options: Sequence[str]) -> int:
                 raise outcome
         return 0
     finally:
+        notifier.stopping()
         stopped.cancel()
         timeout_s = settings.limits.stop_timeout_s + KILL_AFTER_S
         await gateway.stop(timeout_s)
         await asyncio.gather(*(shard.stop(timeout_s) for shard in shards))
+
+
+async def _reload_when(
+    hung_up: asyncio.Event,
+    load: Load,
+    settings: Config,
+    gateway: _Child,
+    *,
+    notifier: Notifier,
+    status: str,
+) -> None:
+    """Reload whenever `hung_up` is set, until cancelled."""
+    while True:
+        await hung_up.wait()
+        hung_up.clear()
+        notifier.reloading()
+        try:
+            used, left = reloaded(settings, load())
+            await gateway.reload(used)
+        except ConfigError as error:
+            _log.error("config_not_reloaded", reason=error)
+        else:
+            settings = used
+            tell_reloaded(left)
+        notifier.ready(status)
 
 
 async def _start(children: list[_Child], stopped: asyncio.Task[bool]) -> Ready | None:

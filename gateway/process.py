@@ -26,7 +26,7 @@ from gateway.leaves import Leaves
 from gateway.shard_links import ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
-from gateway.tls import context_of
+from gateway.tls import context_of, renew
 from gateway.triggers import Triggers
 from gateway.worker_port import WorkerPort
 
@@ -148,6 +148,20 @@ async def serve(process: Service) -> None:
     await gateway.worker_port.start(worker_socket, worker_tls)
     await gateway.stream_port.start(stream_socket, stream_tls)
     watchers = [asyncio.create_task(port.watch()) for port in ports]
+
+    def reload(settings: Config) -> None:
+        access = settings.stream_access
+        renew(
+            [
+                (stream_tls, access.tls, "broker.stream.tls"),
+                (worker_tls, settings.worker.tls, "broker.worker.tls"),
+            ]
+        )
+        gateway.auth.function_id = settings.stream.auth_function
+        for port in ports:
+            port.limits = settings.limits
+
+    process.on_reload = reload
     if not process.stopping.is_set():
         process.ready(
             Ready(

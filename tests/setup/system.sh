@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the tests need. Does nothing, quickly, when all are there.
 #
-# redis-server, nginx and chromium always; Node, npm and Python's venv only where they are missing.
+# redis-server, nginx, chromium, systemd's tools and shellcheck always; Node, npm and Python's venv only
+# where they are missing.
 set -euo pipefail
 
 packages=()
 command -v redis-server >/dev/null || packages+=(redis-server)
 [ -x /usr/bin/chromium ] || packages+=(chromium)
 [ -x /usr/sbin/nginx ] || packages+=(nginx-light)
+command -v systemd-analyze >/dev/null || packages+=(systemd)
+command -v shellcheck >/dev/null || packages+=(shellcheck)
 command -v node >/dev/null || packages+=(nodejs)
 command -v npm >/dev/null || packages+=(npm)
 # venv needs ensurepip, which Debian ships in a package of its own.
