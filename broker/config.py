@@ -174,6 +174,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of the context that the auth function gives a connection."""
     handler_timeout_s: Seconds = 300.0
     """Seconds after which the answer of a `stream` or leave handler is not waited for any more."""
+    hang_timeout_s: Annotated[float, Meta(ge=0.5, le=86_400)] = 20.0
+    """Seconds without a sign of life after which `broker serve` kills a process and starts it
+    again."""
+    restarts_max: Count = 20
+    """Deaths in a row, each within 30 seconds of its start, after which a process is given up."""
     history_events_max: Annotated[int, Meta(ge=0, le=100_000)] = 1000
     """Events of a group that are kept for clients that resume; 0 keeps none."""
     history_age_s_max: Annotated[float, Meta(ge=0, le=2_592_000)] = 3600.0

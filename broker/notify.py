@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 
 from broker import logs
 
-_SEND_TIMEOUT_S = 1.0  # its buffer is large; a process must not hang with whoever reads it
+_SEND_TIMEOUT_S = 0.05  # its buffer is large; a process must not hang with whoever reads it
 
 _log = logs.Log("notify")
 

@@ -27,6 +27,7 @@ from broker.service import (
     status_of,
     tell_reloaded,
 )
+from broker.watchdog import Watchdog
 
 RESTART_FIRST_S, RESTART_MAX_S = 0.1, 5.0
 STABLE_S = 30.0
@@ -45,8 +46,8 @@ class _Child:
         self._arguments = arguments
         self._settings = settings
         self.process: asyncio.subprocess.Process | None = None
-        self.restarts = 0
         self._serves = False
+        self._watchdog = Watchdog(settings.limits.hang_timeout_s)
 
     async def start(self) -> Ready | None:
         """Start the process; what it says when it is ready, None when it ends before."""
@@ -56,6 +57,7 @@ class _Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
+            env={**os.environ, **self._watchdog.environment()},
         )
         self.process = process
         assert process.stdin is not None
@@ -65,6 +67,7 @@ class _Child:
             await process.stdin.drain()  # the pipe stays open: its end would stop the process
         line = await process.stdout.readline()
         self._serves = bool(line)
+        self._watchdog.restart()
         return msgspec.json.decode(line, type=Ready) if line else None
 
     async def reload(self, settings: Config) -> None:
@@ -90,20 +93,19 @@ class _Child:
         self._settings = settings
 
     async def keep(self) -> None:
-        """Start the process again whenever it ends, until cancelled."""
+        """Start the process again whenever it ends or hangs, until it is given up."""
         loop = asyncio.get_running_loop()
-        delay_s = RESTART_FIRST_S
-        started = loop.time()
+        deaths, started = 0, loop.time()
         while True:
-            assert self.process is not None, "started before"
-            code = await self.process.wait()
+            code = await self._ended()
             self._serves = False
-            if loop.time() - started > STABLE_S:
-                delay_s = RESTART_FIRST_S
+            deaths = 1 if loop.time() - started > STABLE_S else deaths + 1
+            if deaths > self._settings.limits.restarts_max:
+                _log.error("process_given_up", process=self.name, exit_code=code, deaths=deaths)
+                return
+            delay_s = min(RESTART_FIRST_S * 2 ** (deaths - 1), RESTART_MAX_S)
             _log.warning("process_died", process=self.name, exit_code=code, restart_in_s=delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(delay_s * 2, RESTART_MAX_S)
-            self.restarts += 1
             started = loop.time()
             try:
                 if await self.start() is not None:
@@ -111,8 +113,23 @@ class _Child:
             except OSError as error:  # no memory or processes to be had: tried again
                 _log.error("process_not_started", process=self.name, reason=error)
 
+    async def _ended(self) -> int:
+        """Wait for the end of the process, and see to it when it hangs; its exit code."""
+        assert self.process is not None, "started before"
+        while True:
+            try:
+                async with asyncio.timeout(self._watchdog.timeout_s / 4):
+                    return await self.process.wait()
+            except TimeoutError:
+                if self._serves and self._watchdog.silent_s > self._watchdog.timeout_s:
+                    silent_s = round(self._watchdog.silent_s, 1)
+                    _log.error("process_hung", process=self.name, silent_s=silent_s)
+                    with contextlib.suppress(ProcessLookupError):
+                        self.process.kill()
+
     async def stop(self, timeout_s: float) -> None:
         """End the process, with force when it takes too long."""
+        self._watchdog.close()
         process = self.process
         if process is None:
             return
@@ -165,25 +182,39 @@ async def serve(settings: Config, log_options: Sequence[str], load: Load | None 
         status = status_of(ready)
         notifier.ready(status)
         keepers = [asyncio.create_task(child.keep()) for child in children]
+        gateway_keeper = keepers[-1]
         if load is not None:
             reloading = _reload_when(
                 hung_up, load, settings, gateway, notifier=notifier, status=status
             )
             keepers.append(asyncio.create_task(reloading))
-        await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
-        for keeper in keepers:
-            keeper.cancel()
-        outcomes = await asyncio.gather(*keepers, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return 0
+        await _until_over(stopped, gateway_keeper, keepers)
+        return 0 if stopping.is_set() else 1
     finally:
         notifier.stopping()
         stopped.cancel()
         timeout_s = settings.limits.stop_timeout_s + KILL_AFTER_S
         await gateway.stop(timeout_s)
         await asyncio.gather(*(shard.stop(timeout_s) for shard in shards))
+
+
+async def _until_over(
+    stopped: asyncio.Task[bool],
+    gateway_keeper: asyncio.Task[None],
+    tasks: list[asyncio.Task[None]],
+) -> None:
+    """Wait until the broker is to stop or its gateway is given up; shards may be. Raises what one
+    of `tasks` raised; all are over then."""
+    waiting: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
+    while not stopped.done() and not gateway_keeper.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if any(task.exception() for task in done):
+            break
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
 
 
 async def _reload_when(
