@@ -2,14 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import asyncio
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+
+LAG_INTERVAL_S, LAG_WINDOW_S = 0.25, 10.0
+
+try:
+    VERSION = version("stream-broker")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    VERSION = "unknown"
 
 Labels = Mapping[str, str]
 Sample = tuple[Labels, float]
+
+
+class Histogram:
+    """Counts observations by size. `bounds`: the upper bounds of the buckets, ascending."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """What an exposition has: how many were at most each bound, and the sum of all."""
+        bounds = [*map(str, self._bounds), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+
+
+SECONDS = tuple(base * 10**power for power in range(-4, 1) for base in (1, 2.5, 5))
+"""Bounds of durations: 0.1 ms to 5 s."""
+SIZES = tuple(float(2**power) for power in range(0, 13, 2))
+"""Bounds of numbers of things: 1 to 4096."""
+
+
+class LoopLag:
+    """How late the event loop is: the most of the last seconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._windows = [0.0, 0.0]  # the current one and the one before
+        self._window_ends = 0.0
+        self._wait()
+
+    @property
+    def seconds(self) -> float:
+        return max(self._windows)
+
+    def _wait(self) -> None:
+        due = self._loop.time() + LAG_INTERVAL_S
+        self._loop.call_later(LAG_INTERVAL_S, self._woken, due)
+
+    def _woken(self, due: float) -> None:
+        now = self._loop.time()
+        if now > self._window_ends:
+            self._windows = [0.0, self._windows[0]]
+            self._window_ends = now + LAG_WINDOW_S
+        self._windows[0] = max(self._windows[0], now - due)
+        self._wait()
 
 
 class Metrics(Collector):
@@ -23,6 +92,13 @@ class Metrics(Collector):
         self.registry.register(self)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        lag = LoopLag(asyncio.get_running_loop())
+        self.gauge(
+            "loop_lag_seconds", "The most that the event loop was late lately.", lambda: lag.seconds
+        )
+        self.gauges(
+            "build_info", "1; the release is in the label.", lambda: [({"version": VERSION}, 1)]
+        )
 
     def counter(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A counter whose value `read` gives."""
@@ -31,6 +107,26 @@ class Metrics(Collector):
     def counters(self, name: str, text: str, read: Callable[[], Iterable[Sample]]) -> None:
         """A counter with labels; their values must be few."""
         self._add(CounterMetricFamily, name, text, read)
+
+    def histogram(self, name: str, text: str, histogram: Histogram) -> None:
+        """A histogram."""
+        self.histograms(name, text, lambda: [({}, histogram)])
+
+    def histograms(
+        self, name: str, text: str, read: Callable[[], Iterable[tuple[Labels, Histogram]]]
+    ) -> None:
+        """A histogram with labels; their values must be few."""
+
+        def source() -> Metric:
+            found = [({**self._labels, **labels}, histogram) for labels, histogram in read()]
+            names = list(found[0][0]) if found else []
+            family = HistogramMetricFamily(f"broker_{name}", text, labels=names)
+            for labels, histogram in found:
+                buckets, total = histogram.buckets()
+                family.add_metric([labels[n] for n in names], buckets, total)
+            return family
+
+        self._sources.append(source)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge whose value `read` gives."""

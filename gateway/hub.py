@@ -203,6 +203,11 @@ class Hub:
             self._turn[key] = group
         return behind
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `flush` has anything to deliver."""
+        return bool(self._turn)
+
     def flush(self) -> None:
         """Deliver what was published since the last time."""
         if not self._turn:

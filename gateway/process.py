@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from broker import locks, logs, service
 from broker.config import Config
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
-from broker.metrics import Metrics, by_label
+from broker.metrics import SECONDS, Histogram, Metrics, by_label
 from broker.service import Ready, Service
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
@@ -62,6 +63,7 @@ class Gateway:
         self.custom = CustomStreams(self.functions, self.invocations, self.links)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
+        self.fanout = Histogram(SECONDS)
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
         self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
         self.stream_port = StreamPort(
@@ -110,7 +112,10 @@ class Gateway:
         self.triggers.fire_left(left)
 
     def batch_received(self) -> None:
-        self.hub.flush()
+        if self.hub.has_events:
+            began_at = time.perf_counter()
+            self.hub.flush()
+            self.fanout.observe(time.perf_counter() - began_at)
 
     def _tell_shards(self, message: Message) -> None:
         if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
@@ -287,6 +292,19 @@ def _metrics(gateway: Gateway) -> Metrics:
         "stream_calls",
         "Calls of stream functions.",
         lambda: by_label("function", gateway.stream_calls.calls_total),
+    )
+    metrics.histograms(
+        "stream_call_seconds",
+        "Duration of stream functions, by function; of one call in eight.",
+        lambda: [
+            ({"function": function}, histogram)
+            for function, histogram in gateway.stream_calls.durations.items()
+        ],
+    )
+    metrics.histogram(
+        "event_fanout_seconds",
+        "Handing the events that came in one piece to all subscribers.",
+        gateway.fanout,
     )
     metrics.counter(
         "invocations",

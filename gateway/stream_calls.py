@@ -5,7 +5,9 @@ Protocol section 7.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -14,11 +16,13 @@ from msgspec import Meta, Raw, Struct
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply
+from broker.metrics import SECONDS, Histogram
 from broker.names import Group, check_name
 from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
+MEASURED_EACH = 8
 HISTORY_LIMIT_MAX = 1000
 """Events that one `stream::history` may ask for."""
 
@@ -82,6 +86,9 @@ class StreamCalls:
             "broker::items": self._items,
         }
         self.calls_total = dict.fromkeys(self._functions, 0)
+        self.durations = {function: Histogram(SECONDS) for function in self._functions}
+        """Of one call in `MEASURED_EACH`."""
+        self._calls = 0
 
     def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`.
@@ -92,11 +99,20 @@ class StreamCalls:
         if function is None:
             return False
         self.calls_total[function_id] += 1
+        self._calls += 1
+        if not self._calls % MEASURED_EACH:
+            answered = partial(self._measured, function_id, time.perf_counter(), answered)
         try:
             function(b"{}" if data == b"null" else data, answered)
         except InvalidRequest as refusal:
             answered(refusal)
         return True
+
+    def _measured(
+        self, function_id: str, began_at: float, answered: Answered, answer: Answer
+    ) -> None:
+        self.durations[function_id].observe(time.perf_counter() - began_at)
+        answered(answer)
 
     def _set(self, data: bytes, answered: Answered) -> None:
         i = _decode(_set_decoder, "set", data)

@@ -7,12 +7,14 @@ which its operations came.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
 from broker.errors import StorageError
+from broker.metrics import SECONDS, SIZES, Histogram
 from broker.tasks import Tasks
 from shards.group import Operation
 from shards.storage.base import Settled, Storage
@@ -58,6 +60,8 @@ class Committer(Generic[T]):
         self.waiting = 0
         self.batches_total = 0
         self.operations_total = 0
+        self.durations = Histogram(SECONDS)
+        self.sizes = Histogram(SIZES)
 
     def add(self, operation: Operation, asker: T) -> None:
         """Queue `operation`; it starts with the next `start`."""
@@ -103,17 +107,24 @@ class Committer(Generic[T]):
             batch = lane.take()
             self.batches_total += 1
             self.operations_total += len(batch)
+            self.sizes.observe(len(batch))
             lane.executing, lane.settled_at_once = True, False
             operations = [operation for operation, _ in batch]
-            self._storage.execute(lane.stream, operations, partial(self._settled, lane, batch))
+            settle = partial(self._settled, lane, batch, time.perf_counter())
+            self._storage.execute(lane.stream, operations, settle)
             lane.executing = False
             if not lane.settled_at_once:
                 return  # `_settled` goes on
         del self._lanes[lane.stream]
 
     def _settled(
-        self, lane: _Lane[T], batch: list[tuple[Operation, T]], settled: Sequence[Settled]
+        self,
+        lane: _Lane[T],
+        batch: list[tuple[Operation, T]],
+        began_at: float,
+        settled: Sequence[Settled],
     ) -> None:
+        self.durations.observe(time.perf_counter() - began_at)
         self.waiting -= len(batch)
         for (operation, asker), outcome in zip(batch, settled, strict=True):
             self._settle(operation, asker, outcome)

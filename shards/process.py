@@ -142,6 +142,10 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
     metrics.counter(
         "commit_operations", "Operations in those batches.", lambda: committer.operations_total
     )
+    metrics.histogram(
+        "commit_seconds", "Duration of a batch, from start to settled.", committer.durations
+    )
+    metrics.histogram("commit_batch_operations", "Operations of a batch.", committer.sizes)
     metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)
     metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
     metrics.counter(
@@ -172,4 +176,6 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
         metrics.gauge("history_bytes", "Bytes of kept events.", lambda: storage.history_bytes)
     if isinstance(storage, SqliteStorage):
         metrics.gauge("cache_bytes", "Bytes of cached groups.", lambda: storage.cached_bytes)
+        metrics.gauge("groups_cached", "Cached groups.", lambda: storage.cached_groups)
+        metrics.gauge("streams_open", "Open stream files.", lambda: storage.open_files)
     return metrics

@@ -198,6 +198,16 @@ class SqliteStorage:
                 await self._in_thread(stream.file.close)
         self._threads.shutdown()
 
+    @property
+    def cached_groups(self) -> int:
+        """Groups in memory."""
+        return len(self._cached)
+
+    @property
+    def open_files(self) -> int:
+        """Stream files that are open."""
+        return len(self._open_files)
+
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         self._tasks.start(self._execute(stream, operations, settle))
 
