@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import sys
 import termios
-from collections import deque
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol, cast
@@ -96,7 +95,7 @@ class Connection(asyncio.Protocol):
         "counted_address",
         "received_at",
         "remote_address",
-        "request",
+        "requested",
         "stalled_since",
         "waiting_bytes",
     )
@@ -113,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._acceptance: Response | None = None
         self._peer: Peer | None = None
         self._fragments = bytearray()
-        self._waiting: deque[bytes] = deque()
+        self._waiting: list[bytes] = []
         self._write_paused = False
         self._read_paused = 0
         self._control_bytes = 0
@@ -124,7 +123,8 @@ class Connection(asyncio.Protocol):
         self._splitter: FrameSplitter | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self.waiting_bytes = 0
-        self.request: Request | None = None
+        self.requested = False
+        """Whether the whole request came."""
         self.connected_at = now()
         self.received_at = self.connected_at
         self.stalled_since: float | None = None
@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
             return False
         self._peer = peer
         self._protocol.send_response(self._acceptance)
+        self._acceptance = None
         self._write_protocol_data()
         self._out = self._transport
         self._splitter = FrameSplitter(
@@ -165,10 +166,9 @@ class Connection(asyncio.Protocol):
             self.resume_reading(PAUSED_BY_REQUEST)
         return True
 
-    def check_handshake(self) -> Response | None:
+    def check_handshake(self, request: Request) -> Response | None:
         """What a request that is no proper WebSocket upgrade has to be answered with, or None."""
-        assert self.request is not None, "checked before it came"
-        response = self._protocol.accept(self.request)
+        response = self._protocol.accept(request)
         if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
             return response
         self._acceptance = response
@@ -302,7 +302,7 @@ class Connection(asyncio.Protocol):
         if self._splitter is not None:
             self._splitter.receive_data(data)
             return
-        if self.request is not None:  # not answered yet
+        if self.requested:  # not answered yet
             self._early += data
             if len(self._early) > UNREAD_BYTES_MAX:
                 self.abort()
@@ -334,10 +334,14 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self.stalled_since = None
         self._control_bytes = 0
-        while self._waiting and not self._write_paused and self._out is not None:
-            frame = self._waiting.popleft()
+        written = 0
+        for frame in self._waiting:
+            if self._write_paused or self._out is None:
+                break
+            written += 1
             self.waiting_bytes -= len(frame)
             self._out.write(frame)  # may pause writing again
+        del self._waiting[:written]
         if not self._write_paused and self._peer is not None:
             self._peer.drained()
 
@@ -359,7 +363,7 @@ class Connection(asyncio.Protocol):
             if isinstance(event, Frame):
                 self._take_frame(event)
             elif isinstance(event, Request):
-                self.request = event
+                self.requested = True
                 self.pause_reading(PAUSED_BY_REQUEST)  # until it is accepted
                 self._port.request_received(self, event)
         self._write_protocol_data()
@@ -391,7 +395,7 @@ class Connection(asyncio.Protocol):
 
     def _write_protocol_data(self) -> None:
         """Write what the library wants sent: handshake, pongs, close frames, the end."""
-        if isinstance(self._protocol.handshake_exc, InvalidMessage) and self.request is None:
+        if isinstance(self._protocol.handshake_exc, InvalidMessage) and not self.requested:
             self._answer_garbage()
         if self._protocol.state is not OPEN:
             self.flush()  # what was answered before the peer closed

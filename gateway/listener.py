@@ -159,7 +159,7 @@ class Listener(ABC):
                     self._pinged[connection] = now
                     connection.ping()
             elif (
-                connection.request is None
+                not connection.requested
                 and now - connection.connected_at > limits.handshake_timeout_s
             ):
                 connection.abort()

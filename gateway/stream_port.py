@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -121,7 +120,7 @@ class StreamPort(Listener):
         if not self._origin_allowed(connection, request):
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
             return
-        if (response := connection.check_handshake()) is not None:
+        if (response := connection.check_handshake(request)) is not None:
             self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
             connection.respond(response)
             return
@@ -256,7 +255,7 @@ class Client:
         self._question = b""  # what the auth function was asked
         self._expiry: asyncio.TimerHandle | None = None
         self._subscriptions: dict[str, Subscription] = {}
-        self._inbox: deque[bytes | Sequence[wire.JoinData]] = deque()
+        self._inbox: list[bytes | Sequence[wire.JoinData]] = []  # few: no deque for each client
         self._handling = False  # a message that has to wait for an answer
         self._in_loop = False
         self._inbox_full = False
@@ -395,7 +394,7 @@ class Client:
     def _handle_messages(self) -> None:
         throttle = self._throttle
         while self._inbox and not self._handling and not (throttle and throttle.throttled):
-            entry = self._inbox.popleft()
+            entry = self._inbox.pop(0)
             if throttle is not None:
                 self._port.throttled_total += throttle.count()
             if not isinstance(entry, bytes):
@@ -421,7 +420,7 @@ class Client:
     def _join_all(self, joins: Sequence[wire.JoinData]) -> None:
         """Join the first; the others wait in its place, each for the one before it."""
         if len(joins) > 1:
-            self._inbox.appendleft(joins[1:])
+            self._inbox.insert(0, joins[1:])
         try:
             self._check(joins[0])
         except InvalidRequest as error:

@@ -93,7 +93,7 @@ class WorkerPort(Listener):
             # Not for telemetry: there is nothing to be had, and not every SDK sends it there.
             text = "send the worker token as Authorization: Bearer\n"
             self.refuse(connection, HTTPStatus.UNAUTHORIZED, text, "unauthorized")
-        elif (response := connection.check_handshake()) is not None:
+        elif (response := connection.check_handshake(request)) is not None:
             self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
             connection.respond(response)
         elif not self.admit(connection, connection.remote_address):
