@@ -49,8 +49,8 @@ class Histogram:
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
 
-SECONDS = tuple(base * 10**power for power in range(-4, 1) for base in (1, 2.5, 5))
-"""Bounds of durations: 0.1 ms to 5 s."""
+SECONDS = tuple(base * 10**power for power in range(-5, 1) for base in (1, 2.5, 5))
+"""Bounds of durations: 10 µs to 5 s."""
 SIZES = tuple(float(2**power) for power in range(0, 13, 2))
 """Bounds of numbers of things: 1 to 4096."""
 

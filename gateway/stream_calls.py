@@ -88,7 +88,6 @@ class StreamCalls:
         self.calls_total = dict.fromkeys(self._functions, 0)
         self.durations = {function: Histogram(SECONDS) for function in self._functions}
         """Of one call in `MEASURED_EACH`."""
-        self._calls = 0
 
     def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`.
@@ -99,8 +98,7 @@ class StreamCalls:
         if function is None:
             return False
         self.calls_total[function_id] += 1
-        self._calls += 1
-        if not self._calls % MEASURED_EACH:
+        if not self.calls_total[function_id] % MEASURED_EACH:
             answered = partial(self._measured, function_id, time.perf_counter(), answered)
         try:
             function(b"{}" if data == b"null" else data, answered)

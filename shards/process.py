@@ -10,7 +10,7 @@ from pathlib import Path
 
 from broker import locks, logs, service
 from broker.clock import wall_clock_ms
-from broker.config import FILE_PATH_KEY, Config, KvAdapter
+from broker.config import FILE_PATH_KEY, Config, RedisAdapter
 from broker.errors import ConfigError
 from broker.http import MetricsServer
 from broker.link import Link
@@ -18,11 +18,14 @@ from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
 from shards import manifest
+from shards.group import Change
 from shards.history import HistoryLimits
 from shards.leases import Leases
 from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
+from shards.storage.redis import RedisStorage
+from shards.storage.redis_changes import RemoteChange
 from shards.storage.sqlite import SqliteStorage
 
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
@@ -52,7 +55,11 @@ async def serve(process: Service) -> None:
     lock = locks.take(
         socket_path.with_suffix(".lock"), "broker.run_dir", f"the run_dir {settings.run_dir}"
     )
-    storage = _storage(settings, index)
+
+    def changed_elsewhere(stream: str, group_id: str, change: Change) -> None:
+        requests.changed_elsewhere(stream, group_id, change)
+
+    storage = _storage(settings, index, changed_elsewhere)
     await storage.open()
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
@@ -82,7 +89,7 @@ async def serve(process: Service) -> None:
     _log.info("shard_stopped")
 
 
-def _storage(settings: Config, index: int) -> Storage:
+def _storage(settings: Config, index: int, remote_changes: RemoteChange) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
     history = HistoryLimits(
@@ -91,9 +98,15 @@ def _storage(settings: Config, index: int) -> Storage:
         limits.history_group_bytes_max,
         limits.history_bytes_max,
     )
-    if not isinstance(adapter, KvAdapter):
-        raise ConfigError(
-            "modules[].config.adapter", "the Redis adapter is not in this release; use KvStore"
+    if isinstance(adapter, RedisAdapter):
+        return RedisStorage(
+            adapter.redis_url,
+            wall_clock_ms,
+            limits.response_bytes_max,
+            history,
+            shard=index,
+            shards=settings.shards,
+            remote_changes=remote_changes,
         )
     if adapter.store_method == "in_memory":
         return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)

@@ -7,7 +7,7 @@ from typing import assert_never
 
 import msgspec
 
-from broker import messages
+from broker import logs, messages
 from broker.errors import BrokerError, StorageError
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
@@ -16,10 +16,12 @@ from broker.tasks import Tasks
 from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, past_payload, resume_payload, sync_payload
-from shards.group import Change, GroupState, Kind, Operation, Past, Resumed, Snapshot
+from shards.group import Change, GroupState, Head, Kind, Operation, Past, Resumed, Snapshot
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
+
+_log = logs.Log("requests")
 
 _TIMER_SLACK_S = 0.01  # the loop may run a timer a moment early
 
@@ -150,6 +152,7 @@ class Requests:
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
                 code, what = _FAILURES[type(operation)]
+                _log.warning("storage_failed", stream=operation.stream, reason=outcome.message)
                 outcome = StorageError(
                     code, f"{what}: {outcome.message}", retryable=outcome.retryable
                 )
@@ -180,6 +183,8 @@ class Requests:
         key = Group(join.stream, join.group_id)
         if key not in groups:
             groups.add(key)
+            if key not in self._interested:
+                self._storage.interest(*key, True)
             self._interested.setdefault(key, []).append(link)
         if isinstance(outcome, Snapshot):
             payload = sync_payload(group, join.item_id, outcome)
@@ -188,6 +193,10 @@ class Requests:
             payload = resume_payload(group, join.item_id, outcome)
             missed = [event_payload(group, change) for change in outcome.missed]
             link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload, missed))
+
+    def changed_elsewhere(self, stream: str, group_id: str, change: Change) -> None:
+        """Tell a change that another broker made on the same storage."""
+        self._publish(stream, GroupState(stream, group_id, Head("")), change)
 
     def _publish(self, stream: str, group: GroupState, change: Change) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""
@@ -219,6 +228,7 @@ class Requests:
         links.remove(link)
         if not links:
             del self._interested[group]
+            self._storage.interest(*group, False)
 
     async def _list_groups(self, link: GatewayLink, call: messages.ListGroups) -> None:
         try:

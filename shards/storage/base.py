@@ -39,6 +39,9 @@ class Storage(Protocol):
         before them and nothing that is not durable when they are settled.
         """
 
+    def interest(self, stream: str, group_id: str, wanted: bool) -> None:
+        """Tell what others change in a group, from what was last settled of it on; or not."""
+
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order."""
 

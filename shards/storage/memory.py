@@ -59,6 +59,9 @@ class MemoryStorage:
             del self._streams[stream]
         settle(settled)
 
+    def interest(self, stream: str, group_id: str, wanted: bool) -> None:
+        """Nothing to do: nobody else changes it."""
+
     async def streams(self) -> list[str]:
         return list(self._streams)
 

@@ -211,6 +211,9 @@ class SqliteStorage:
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         self._tasks.start(self._execute(stream, operations, settle))
 
+    def interest(self, stream: str, group_id: str, wanted: bool) -> None:
+        """Nothing to do: nobody else changes it."""
+
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
         for path in await self._in_thread(lambda: sorted(self._directory.glob("*.db"))):

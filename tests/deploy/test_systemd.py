@@ -151,8 +151,8 @@ def test_the_supervisor_alone_speaks_for_the_broker() -> None:
         assert ready["STATUS"].startswith(f"ready stream={broker.stream_url} ")
         for pid in broker.children().values():
             inherited = Path(f"/proc/{pid}/environ").read_bytes()
-            assert b"NOTIFY_SOCKET" not in inherited
-            assert b"WATCHDOG" not in inherited
+            assert address.encode() not in inherited  # they have one of the supervisor's
+            assert b"WATCHDOG_USEC=200000\0" not in inherited
         notify.wait_for("WATCHDOG")
         os.kill(broker.pid, signal.SIGHUP)
         notify.wait_for("RELOADING")

@@ -11,27 +11,21 @@ after Redis was stopped.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import redis
 
 from tests.conftest import Run
-from tests.support.broker import Broker, free_ports
+from tests.front_door.test_golden_update_cases import expected
+from tests.support.broker import Broker
 from tests.support.compare import assert_refused, assert_same, assert_same_answer, recording
 from tests.support.connection import PATIENCE_S
+from tests.support.redis_server import IS_INSTALLED, RedisServer
 from tests.support.stream_client import StreamClient, settled
 from tests.support.worker import Worker
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed"),
-    pytest.mark.xfail(strict=True, reason="the Redis adapter is not there yet"),
-]
+pytestmark = pytest.mark.skipif(not IS_INSTALLED, reason="redis-server is not installed")
 
 RECORDING = recording("redis.json")
 CHANNEL = "stream::events"
@@ -64,38 +58,10 @@ INSTEAD: dict[int, tuple[int, dict[str, Any]]] = {
 ENCODED_KEYS = {"stream:a:b:c": "stream:a%3Ab:c"}
 
 
-class RedisServer:
-    """A `redis-server` of the test's own, that keeps nothing."""
-
-    def __init__(self) -> None:
-        self.port = free_ports(1)[0]
-        self.directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self.process = subprocess.Popen(
-            ["redis-server", *options, "--dir", self.directory], stdout=subprocess.DEVNULL
-        )
-        self.client: Any = redis.Redis(port=self.port, decode_responses=True)
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                self.client.ping()
-                return
-            except redis.ConnectionError:
-                assert time.monotonic() < end, "redis-server does not answer"
-                time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.client.close()
-        self.process.terminate()
-        self.process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    server = RedisServer()
-    yield server
-    server.stop()
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -153,27 +119,48 @@ def test_update_cases(broker: Broker, run: Run) -> None:
 
 async def replay_updates(broker: Broker) -> None:
     async with await Worker.open(broker.worker_url) as worker:
-        for case in RECORDING["update_differs"]:
+        for case in map(right, RECORDING["update_differs"]):
             await worker.call("stream::delete", NAMES)
             if "initial" in case:
                 await worker.call("stream::set", NAMES | {"data": case["initial"]})
             answer = await worker.call("stream::update", NAMES | {"ops": case["ops"]})
-            assert_same_answer(without(case["kv"], "stored"), answer, case["name"])
+            assert_same_answer({"result": case["result"]}, answer, case["name"])
             got = await worker.call("stream::get", NAMES)
-            assert_same(case["kv"]["stored"], got.get("result"), case["name"])
+            assert_same(case["stored"], got.get("result"), case["name"])
 
 
-def without(answer: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in answer.items() if k != key}
+def right(case: dict[str, Any]) -> dict[str, Any]:
+    """The case with what was recorded for kv, and the differences that are allowed there too."""
+    return expected({"name": case["name"], "ops": case["ops"]} | initial(case) | case["kv"])
 
 
-@pytest.mark.parametrize("name", ["bad_json_in_redis", "wrong_type_key"])
-def test_what_cannot_be_read(name: str, server: RedisServer, broker: Broker, run: Run) -> None:
-    if name == "wrong_type_key":
-        server.client.set("stream:s:g", "x")
-    else:
-        server.client.hset("stream:s:g", "i", "oops")
-    run(replay_refused(broker, RECORDING[name]))
+def initial(case: dict[str, Any]) -> dict[str, Any]:
+    return {"initial": case["initial"]} if "initial" in case else {}
+
+
+def test_a_key_of_another_type(server: RedisServer, broker: Broker, run: Run) -> None:
+    server.client.set("stream:s:g", "x")
+    run(replay_refused(broker, RECORDING["wrong_type_key"]))
+
+
+def test_text_that_is_no_json(server: RedisServer, broker: Broker, run: Run) -> None:
+    """What needs the value is refused. In the original set and delete answered with an error too,
+    but had been done by then; here they succeed, so that such an item can be mended."""
+    answers = dict(RECORDING["bad_json_in_redis"])
+    done = {name: answers.pop(name) for name in ("stream::set", "stream::delete")}
+    assert all("error" in answer for answer in done.values())
+    server.client.hset("stream:s:g", "i", "oops")
+    run(replay_refused(broker, answers))
+    run(replay_done(server, broker, list(done)))
+
+
+async def replay_done(server: RedisServer, broker: Broker, functions: list[str]) -> None:
+    async with await Worker.open(broker.worker_url) as worker:
+        for function_id in functions:
+            server.client.hset("stream:s:g", "i", "oops")
+            answer = await worker.call(function_id, NAMES | {"data": 1})
+            assert answer["result"]["old_value"] is None, function_id
+            assert server.client.hget("stream:s:g", "i") in ("1", None)
 
 
 def test_redis_down(server: RedisServer, broker: Broker, run: Run) -> None:
@@ -204,6 +191,7 @@ async def replay_last_delete(server: RedisServer, broker: Broker) -> None:
     assert server.client.exists("stream:s:g") == 0
 
 
+@pytest.mark.xfail(strict=True, reason="messages of others are not delivered yet")
 def test_foreign_publish(server: RedisServer, broker: Broker, run: Run) -> None:
     run(replay_foreign(server, broker))
 

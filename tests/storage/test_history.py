@@ -17,6 +17,7 @@ from shards.history import CHANGE_OVERHEAD_BYTES, Histories, History, HistoryLim
 from shards.storage.base import Storage
 from tests.storage.test_storages import (
     DURABLE,
+    FILES,
     KINDS,
     Storages,
     asynchronous,
@@ -24,6 +25,7 @@ from tests.storage.test_storages import (
     put,
     send,
     settle,
+    storages_of,
     update,
 )
 
@@ -32,14 +34,21 @@ LIMITS = HistoryLimits(events_max=10, age_ms_max=60_000, group_bytes_max=4000, b
 
 @pytest.fixture(params=KINDS)
 def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
-    found = Storages(request.param, tmp_path / "shard-0")
+    found = storages_of(request, tmp_path)
     found.history = LIMITS
     return found
 
 
 @pytest.fixture(params=DURABLE)
 def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
-    found = Storages(request.param, tmp_path / "shard-0")
+    found = storages_of(request, tmp_path)
+    found.history = LIMITS
+    return found
+
+
+@pytest.fixture(params=FILES)
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
+    found = storages_of(request, tmp_path)
     found.history = LIMITS
     return found
 
@@ -212,18 +221,18 @@ async def test_it_survives(durable: Storages) -> None:
 
 @asynchronous
 async def test_times_of_syncs_survive_a_crash_and_a_step_back(
-    durable: Storages,
+    files: Storages,
 ) -> None:
-    async with durable.opened() as storage:
+    async with files.opened() as storage:
         await settle(storage, "s", put("a", 1))
-        durable.clock.now_ms += 3_600_000
+        files.clock.now_ms += 3_600_000
         ((sync, _),) = await settle(storage, "s", messages.Join(0, "", "g", None))
         ((other, _),) = await settle(storage, "s", messages.Join(0, "", "empty", None))
-        copy = durable.directory.with_name("crashed")
-        shutil.copytree(durable.directory, copy)  # as kill -9 leaves it
-    durable.directory = copy
-    durable.clock.now_ms -= 7_200_000
-    async with durable.opened() as storage:
+        copy = files.directory.with_name("crashed")
+        shutil.copytree(files.directory, copy)  # as kill -9 leaves it
+    files.directory = copy
+    files.clock.now_ms -= 7_200_000
+    async with files.opened() as storage:
         ((done, _),) = await settle(storage, "s", put("a", 2))
         assert done.change.timestamp_ms > sync.timestamp_ms
         ((later, _),) = await settle(storage, "s", messages.Join(0, "", "empty", None))
@@ -242,28 +251,28 @@ async def test_in_memory_a_new_life_is_another_epoch(tmp_path: Path) -> None:
 
 
 @asynchronous
-async def test_files_do_not_grow_for_ever(durable: Storages) -> None:
+async def test_files_do_not_grow_for_ever(files: Storages) -> None:
     """Neither with events of one group, nor with groups that are never written again."""
-    durable.history = HistoryLimits(100, 60_000, 20_000, 10_000)
-    async with durable.opened() as storage:
+    files.history = HistoryLimits(100, 60_000, 20_000, 10_000)
+    async with files.opened() as storage:
         for n in range(60):
             await settle(storage, "s", *(put("a", "x" * 50, f"g{n}") for _ in range(60)))
             await settle(storage, "s", *(put("a", "x" * 50, "busy") for _ in range(300)))
-            durable.clock.now_ms += 10_000
-        file = next(durable.directory.glob("*.db"))
+            files.clock.now_ms += 10_000
+        file = next(files.directory.glob("*.db"))
         assert file.stat().st_size < 400_000
 
 
 @asynchronous
-async def test_a_file_of_the_first_layout_is_taken_over(durable: Storages) -> None:
-    async with durable.opened() as storage:
+async def test_a_file_of_the_first_layout_is_taken_over(files: Storages) -> None:
+    async with files.opened() as storage:
         await settle(storage, "s", put("a", 1))
         epoch = await epoch_of(storage)
-    file = next(durable.directory.glob("*.db"))
+    file = next(files.directory.glob("*.db"))
     connection = sqlite3.connect(file)
     connection.executescript("DROP TABLE history; PRAGMA user_version = 1;")
     connection.close()
-    async with durable.opened() as storage:
+    async with files.opened() as storage:
         await settle(storage, "s", put("a", 2))
         assert await missed(storage, 1, epoch) == [2]
         assert await missed(storage, 0, epoch) is None

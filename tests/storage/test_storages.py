@@ -1,4 +1,4 @@
-"""One suite over all storages that keep their data on this side of a network."""
+"""One suite over all storages."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from shards.group import Change, Done, GroupState, Kind, Operation, Snapshot
 from shards.history import HistoryLimits
 from shards.storage.base import Settled, Storage
 from shards.storage.memory import EMPTY_GROUPS_MAX, MemoryStorage
+from shards.storage.redis import RedisStorage
 from shards.storage.sqlite import SqliteStorage
 
 RESPONSE_BYTES_MAX = 1000
@@ -26,8 +27,9 @@ CACHE_BYTES = 2**20
 TINY = 1024
 """Of a cache, the least that can be configured: no group is kept whole."""
 
-KINDS = ["memory", "sqlite", "sqlite tiny cache"]
-DURABLE = KINDS[1:]
+FILES = ["sqlite", "sqlite tiny cache"]
+DURABLE = [*FILES, "redis"]
+KINDS = ["memory", *DURABLE]
 
 
 class Clock:
@@ -41,11 +43,12 @@ class Clock:
 
 
 class Storages:
-    """Opens storages of one kind on one directory."""
+    """Opens storages of one kind on one directory, or one Redis."""
 
-    def __init__(self, kind: str, directory: Path) -> None:
+    def __init__(self, kind: str, directory: Path, redis_url: str = "") -> None:
         self.kind = kind
         self.directory = directory
+        self.redis_url = redis_url
         self.clock = Clock()
         self.history = HistoryLimits(10, 60_000, 4000, 10_000)
 
@@ -54,6 +57,8 @@ class Storages:
         storage: Storage
         if self.kind == "memory":
             storage = MemoryStorage(self.clock, response_bytes_max, self.history)
+        elif self.kind == "redis":
+            storage = RedisStorage(self.redis_url, self.clock, response_bytes_max, self.history)
         else:
             cache_bytes = TINY if "tiny" in self.kind else CACHE_BYTES
             storage = SqliteStorage(
@@ -80,14 +85,25 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
     return run
 
 
+def storages_of(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
+    """Storages of the kind that the fixture is asked for."""
+    url = request.getfixturevalue("redis_server").url if request.param == "redis" else ""
+    return Storages(request.param, tmp_path / "shard-0", url)
+
+
 @pytest.fixture(params=KINDS)
 def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
-    return Storages(request.param, tmp_path / "shard-0")
+    return storages_of(request, tmp_path)
 
 
 @pytest.fixture(params=DURABLE)
 def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
-    return Storages(request.param, tmp_path / "shard-0")
+    return storages_of(request, tmp_path)
+
+
+@pytest.fixture(params=FILES)
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
+    return storages_of(request, tmp_path)
 
 
 # Operations on group `g` unless said otherwise; streams are chosen when they are performed.
@@ -328,7 +344,7 @@ async def test_streams(storages: Storages) -> None:
         for number, name in enumerate(names):
             assert await perform(storage, get("i"), stream=name) == [number]
             assert await storage.groups(name) == ["g"]
-        if storages.kind != "memory":
+        if "sqlite" in storages.kind:
             files = {path.parent for path in storages.directory.rglob("*.db*")}
             assert files == {storages.directory}
 
@@ -346,8 +362,8 @@ async def test_streams_are_found_again(durable: Storages) -> None:
 
 
 @asynchronous
-async def test_reading_makes_no_file(durable: Storages) -> None:
-    async with durable.opened() as storage:
+async def test_reading_makes_no_file(files: Storages) -> None:
+    async with files.opened() as storage:
         assert await perform(storage, get("i"), listing(), join(), delete("i")) == [
             None,
             [],
@@ -355,7 +371,7 @@ async def test_reading_makes_no_file(durable: Storages) -> None:
             {"old_value": None},
         ]
         assert await storage.groups("s") == []
-    assert list(durable.directory.glob("*.db*")) == []
+    assert list(files.directory.glob("*.db*")) == []
 
 
 @asynchronous
@@ -525,9 +541,9 @@ def is_corrupt(outcome: Any, path: Path) -> bool:
 
 @pytest.mark.parametrize("damage", ["zeros", "text", "half", "another stream", "newer layout"])
 @asynchronous
-async def test_a_damaged_file(durable: Storages, damage: str) -> None:
-    path = durable.directory / f"{file_name('bad')}.db"
-    async with durable.opened(10**9) as storage:
+async def test_a_damaged_file(files: Storages, damage: str) -> None:
+    path = files.directory / f"{file_name('bad')}.db"
+    async with files.opened(10**9) as storage:
         for stream in ("bad", "good"):
             await perform(storage, *(put(str(n), "x" * 5000) for n in range(100)), stream=stream)
     content = path.read_bytes()
@@ -539,11 +555,11 @@ async def test_a_damaged_file(durable: Storages, damage: str) -> None:
         case "half":
             content = content[: len(content) // 2]
         case "another stream":
-            content = (durable.directory / "good.db").read_bytes()
+            content = (files.directory / "good.db").read_bytes()
         case "newer layout":
             content = content[:60] + (99).to_bytes(4, "big") + content[64:]
     path.write_bytes(content)
-    async with durable.opened(10**9) as storage:
+    async with files.opened(10**9) as storage:
         for operations in ([get("99"), listing()], [put("99", 1)], [listing()]):
             for outcome, group in await settle(storage, "bad", *operations):
                 assert is_corrupt(outcome, path), outcome
@@ -555,14 +571,14 @@ async def test_a_damaged_file(durable: Storages, damage: str) -> None:
 
 
 @asynchronous
-async def test_a_file_damaged_while_it_is_not_open(durable: Storages) -> None:
+async def test_a_file_damaged_while_it_is_not_open(files: Storages) -> None:
     """Mended again, it works without a restart."""
-    path = durable.directory / "s.db"
-    async with durable.opened() as storage:
+    path = files.directory / "s.db"
+    async with files.opened() as storage:
         await perform(storage, put("i", 1))
     content = path.read_bytes()
     path.write_bytes(b"x" * len(content))
-    async with durable.opened() as storage:
+    async with files.opened() as storage:
         ((outcome, _),) = await settle(storage, "s", put("i", 2))
         assert is_corrupt(outcome, path)
         path.write_bytes(content)
@@ -570,19 +586,19 @@ async def test_a_file_damaged_while_it_is_not_open(durable: Storages) -> None:
 
 
 @asynchronous
-async def test_a_failed_commit_leaves_nothing_in_memory(durable: Storages) -> None:
+async def test_a_failed_commit_leaves_nothing_in_memory(files: Storages) -> None:
     """The directory is taken away while a new stream's file has to be made."""
-    async with durable.opened() as storage:
+    async with files.opened() as storage:
         await perform(storage, put("i", 1), stream="old")
-        elsewhere = durable.directory.with_name("elsewhere")
-        durable.directory.rename(elsewhere)
+        elsewhere = files.directory.with_name("elsewhere")
+        files.directory.rename(elsewhere)
         found: list[tuple[Any, GroupState | None]] = await settle(
             storage, "new", put("i", 1), get("i")
         )
         for outcome, _ in found:
             assert isinstance(outcome, StorageError)
             assert outcome.retryable
-        elsewhere.rename(durable.directory)
+        elsewhere.rename(files.directory)
         assert await perform(storage, get("i"), listing(), stream="new") == [None, []]
         assert await perform(storage, put("i", 2), stream="new") == [new(2)]
         assert await perform(storage, get("i"), stream="old") == [1]

@@ -21,7 +21,10 @@ TYPES = [
 ]  # fmt: skip
 
 json_values = st.recursive(
-    st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    st.none()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=6),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(FIELDS), inner | st.sampled_from(TYPES), max_size=6)

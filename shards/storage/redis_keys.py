@@ -1,0 +1,116 @@
+"""Names of what the Redis adapter keeps in Redis. Pure: no I/O.
+
+Items lie where the original engine keeps them (protocol section 10.1). What belongs to a group
+besides has another prefix and a hash tag that puts it into the slot of the group's items, so that
+one script touches one slot of a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import re
+from binascii import crc_hqx
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from broker.names import Group
+
+DATA_PREFIX = "stream:"
+DATA_PATTERN = "stream:*"
+"""Matches the keys of all groups' items, whatever their names are."""
+EVENTS_CHANNEL = "stream::events"
+"""Where the original engines tell, and are told of, every change."""
+STREAMS_KEY = "broker:streams"
+"""A set: encoded names of streams that may have groups."""
+
+_SLOTS = 16384
+_CANONICAL = re.compile(r"(?:[^%:]|%25|%3A)*")
+
+
+class GroupKeys(NamedTuple):
+    """What belongs to one group.
+
+    data: hash, item id to JSON text.
+    head: hash: `epoch`, `seq`, `time`, the last number of `order`, bytes of `history`.
+    order: sorted set, item id to its number in order of first insertion.
+    history: list of the last envelopes, oldest first, without a gap.
+    channel: where changes are told to other brokers.
+    """
+
+    data: str
+    head: str
+    order: str
+    history: str
+    channel: str
+
+
+def encoded(name: str) -> str:
+    """`name` with `:` and `%` percent-encoded: no two groups share a key."""
+    return name.replace("%", "%25").replace(":", "%3A")
+
+
+def decoded(text: str) -> str | None:
+    """The inverse of `encoded`; None for what it never makes."""
+    if not _CANONICAL.fullmatch(text):
+        return None
+    return text.replace("%3A", ":").replace("%25", "%")
+
+
+def data_key(group: Group) -> str:
+    """The key of the group's items."""
+    return f"{DATA_PREFIX}{encoded(group.stream)}:{encoded(group.group_id)}"
+
+
+def group_of_data_key(key: bytes) -> Group | None:
+    """The inverse of `data_key`; None for keys that are no group's."""
+    try:
+        names = key.decode().removeprefix(DATA_PREFIX).split(":")
+    except UnicodeDecodeError:
+        return None
+    if len(names) != 2 or not key.startswith(DATA_PREFIX.encode()):
+        return None
+    stream, group_id = decoded(names[0]), decoded(names[1])
+    return None if stream is None or group_id is None else Group(stream, group_id)
+
+
+def groups_key(stream: str) -> str:
+    """Of a set: encoded ids of the stream's groups that may have items."""
+    return f"broker:groups:{encoded(stream)}"
+
+
+@lru_cache(maxsize=4096)
+def group_keys(group: Group) -> GroupKeys:
+    """All keys of `group`, in one slot."""
+    data = data_key(group)
+    tag = _tags()[slot(data)]
+    names = data.removeprefix(DATA_PREFIX)
+    head, order, history, channel = (
+        f"broker:{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history", "changes")
+    )
+    return GroupKeys(data, head, order, history, channel)
+
+
+def slot(key: str) -> int:
+    """The slot of `key` in a Redis Cluster: CRC16 of its first non-empty `{…}`, else of it all."""
+    hashed = key.encode()
+    start = hashed.find(b"{")
+    end = hashed.find(b"}", start + 1)
+    if start >= 0 and end > start + 1:
+        hashed = hashed[start + 1 : end]
+    return crc_hqx(hashed, 0) % _SLOTS
+
+
+def prepare() -> None:
+    """Make the table of tags, which takes about 0.1 s, before it is needed."""
+    _tags()
+
+
+@cache
+def _tags() -> dict[int, str]:
+    """A short text of each slot."""
+    tags: dict[int, str] = {}
+    number = 0
+    while len(tags) < _SLOTS:
+        text = f"{number:x}"
+        tags.setdefault(crc_hqx(text.encode(), 0) % _SLOTS, text)
+        number += 1
+    return tags

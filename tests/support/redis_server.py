@@ -1,0 +1,80 @@
+"""A `redis-server` of the tests' own, in a temporary directory, that keeps nothing by default."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+
+from tests.support.broker import free_ports
+from tests.support.connection import PATIENCE_S
+
+IS_INSTALLED = shutil.which("redis-server") is not None
+
+
+class RedisServer:
+    """Started at once, unless `started` is False. Use it as a context manager, or call `close`.
+
+    `client` is for the tests; it answers with text. `options` are added to the command line.
+    """
+
+    def __init__(self, *options: str, started: bool = True, password: str | None = None) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
+        self.port = free_ports(1)[0]
+        self.socket = self.directory / "socket"
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.options = [*options, *(["--requirepass", password] if password else [])]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client: Any = redis.Redis(port=self.port, password=password, decode_responses=True)
+        if started:
+            self.start()
+
+    def start(self, *options: str) -> None:
+        """Start, and wait until it answers."""
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--unixsocket", str(self.socket), "--dir", str(self.directory)]
+        command += ["--save", "", "--appendonly", "no", *self.options, *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self.client.ping()
+            except redis.ConnectionError:
+                assert time.monotonic() < end, "redis-server does not answer"
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self) -> None:
+        """Stop it as an operator does."""
+        self.client.close()
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
+
+    def pause(self) -> None:
+        """Let it answer nobody until `resume`."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
