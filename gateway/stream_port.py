@@ -341,11 +341,7 @@ class Client:
     # What the connection calls.
 
     def drained(self) -> None:
-        if self._conflated:
-            frames = b"".join(self._conflated.values())
-            self._conflated.clear()
-            self._conflated_bytes = 0
-            self._connection.send(frames)
+        self._flush_conflated()
         for subscription in list(self._subscriptions.values()):
             if subscription.state is State.BEHIND:
                 self.sync(subscription)
@@ -513,8 +509,10 @@ class Client:
         self._port.leaves.left(subscription, on_purpose=on_purpose)
 
     def _forget(self, subscription: Subscription) -> None:
-        if not any(s.group == subscription.group for s in self._subscriptions.values()):
-            self._forget_conflated(subscription.group)
+        if self._conflated and not any(
+            s.group == subscription.group for s in self._subscriptions.values()
+        ):
+            self._forget_conflated(subscription.group, None)
         if self._port.hub.remove(subscription):
             self._port.links.of(subscription.group).tell(messages.Leave(*subscription.group))
 
@@ -569,7 +567,10 @@ class Client:
             self._sync_failed(subscription, answer)
             return
         assert isinstance(answer, Synced | Unread), "what a join is answered with"
-        self._forget_conflated(subscription.group)  # the answer holds what is newer
+        if isinstance(answer, Synced) and answer.resumed:
+            self._flush_conflated()
+        else:  # the answer holds what is newer
+            self._forget_conflated(subscription.group, subscription.item_id)
         behind = self._port.hub.synced(subscription, answer.seq, answer.epoch)
         if isinstance(answer, Unread):  # live all the same; the sync comes once reading works
             self._tell_error(subscription, answer.error)
@@ -584,9 +585,16 @@ class Client:
             assert isinstance(other.subscriber, Client)
             other.subscriber.sync(other)
 
-    def _forget_conflated(self, group: Group) -> None:
-        for key in [key for key in self._conflated if key[0] == group]:
+    def _forget_conflated(self, group: Group, item_id: str | None) -> None:
+        for key in [k for k in self._conflated if k[0] == group and item_id in (None, k[1])]:
             self._conflated_bytes -= len(self._conflated.pop(key))
+
+    def _flush_conflated(self) -> None:
+        if self._conflated:
+            frames = b"".join(self._conflated.values())
+            self._conflated.clear()
+            self._conflated_bytes = 0
+            self._connection.send(frames)
 
     def _sync_failed(self, subscription: Subscription, error: BrokerError) -> None:
         if subscription.state is State.LIVE:
