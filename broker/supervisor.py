@@ -62,9 +62,8 @@ class _Child:
         self.process = process
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(config.to_json(self._settings) + b"\n")
-            await process.stdin.drain()  # the pipe stays open: its end would stop the process
+        # The pipe stays open: its end would stop the process.
+        await _hand_over(process.stdin, self._settings)
         line = await process.stdout.readline()
         self._serves = bool(line)
         self._watchdog.restart()
@@ -81,9 +80,7 @@ class _Child:
             raise ConfigError("", f"the {self.name} does not run just now")
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(config.to_json(settings) + b"\n")
-            await process.stdin.drain()
+        await _hand_over(process.stdin, settings)
         line = await process.stdout.readline()
         if not line:
             raise ConfigError("", f"the {self.name} ended meanwhile")
@@ -144,6 +141,14 @@ class _Child:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
+
+
+async def _hand_over(pipe: asyncio.StreamWriter, settings: Config) -> None:
+    """Write settings in one line; nothing when whoever reads them has just ended."""
+    with contextlib.suppress(ConnectionError):
+        if not pipe.transport.is_closing():
+            pipe.write(config.to_json(settings) + b"\n")
+            await pipe.drain()
 
 
 Load = Callable[[], Config]

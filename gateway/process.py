@@ -34,6 +34,7 @@ from gateway.worker_port import WorkerPort
 _STREAM_PORT_KEY = "modules[].config.port"
 _WORKER_PORT_KEY = "broker.worker.port"
 _READY_POLL_S = 0.01
+_READY_WAIT_S = 10.0
 
 _log = logs.Log("gateway")
 
@@ -201,9 +202,12 @@ async def serve(process: Service) -> None:
 
 
 async def _wait_ready(process: Service, gateway: Gateway) -> None:
-    """Wait until every shard answers, or the process is told to stop."""
-    while not gateway.links.ready and not process.stopping.is_set():
-        await asyncio.sleep(_READY_POLL_S)
+    """Wait until every shard answers, or the process is told to stop; not for ever: what the other
+    shards own is served without one that is away, and `/readyz` tells."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READY_WAIT_S):
+            while not gateway.links.ready and not process.stopping.is_set():
+                await asyncio.sleep(_READY_POLL_S)
 
 
 async def _tell_leaves(gateway: Gateway) -> None:
