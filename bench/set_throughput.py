@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from bench.broker import running
 
 SCENARIOS = {"pipelined, 8 x 32": (8, 32), "one at a time": (1, 1)}
 STORES = ("in_memory", "file_based")
@@ -63,57 +62,20 @@ def measure(
     store: str, shards: int, connections: int, in_flight: int, seconds: float
 ) -> dict[str, float]:
     """One run against a broker of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    config = folder / "broker.yaml"
-    config.write_text(
-        "modules:\n- class: modules::stream::StreamModule\n  config:\n    adapter:\n"
-        "      class: modules::stream::adapters::KvStore\n"
-        f"      config: {{store_method: {store}}}\n"
-    )
-    port = free_port()
-    broker = subprocess.Popen(
-        f"{sys.executable} -m broker serve --config {config} --data-dir {folder / 'data'}"
-        f" --shards {shards} --host 127.0.0.1 --port {free_port()} --worker-port {port}"
-        " --metrics-port 0 --log-level error".split(),
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert broker.stdout is not None
-        ready = broker.stdout.readline()
-        assert ready.startswith(b"ready "), ready
-        children = roles(broker.pid)
-        before = {pid: cpu_seconds(pid) for pid in children}
+    with running(store, shards) as broker:
+        before = {pid: cpu_seconds(pid) for pid in broker.roles}
         started = time.perf_counter()
-        load = [sys.executable, "-m", "bench.load", "127.0.0.1", str(port)]
+        load = [sys.executable, "-m", "bench.load", "127.0.0.1", str(broker.worker_port)]
         load += ["--connections", str(connections), "--in-flight", str(in_flight)]
         load += ["--seconds", str(seconds)]
         output = subprocess.run(load, check=True, stdout=subprocess.PIPE).stdout
         took = time.perf_counter() - started
-        used = {pid: (cpu_seconds(pid) - before[pid]) / took for pid in children}
+        used = {pid: (cpu_seconds(pid) - before[pid]) / took for pid in broker.roles}
         result: dict[str, float] = json.loads(output)
-        result["gateway_cpu"] = sum(v for pid, v in used.items() if children[pid] == "gateway")
-        result["shards_cpu"] = sum(v for pid, v in used.items() if children[pid] == "shards")
+        for name in ("gateway", "shards"):
+            cores = (value for pid, value in used.items() if broker.roles[pid] == name)
+            result[f"{name}_cpu"] = sum(cores)
         return result
-    finally:
-        broker.terminate()
-        broker.wait(30)
-        shutil.rmtree(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def roles(parent: int) -> dict[int, str]:
-    """The processes that the supervisor started: pid to module."""
-    found = {}
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        found[int(pid)] = arguments[arguments.index(b"-m") + 1].decode()
-    return found
 
 
 def cpu_seconds(pid: int) -> float:

@@ -11,22 +11,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import shutil
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import uvloop
 
+from bench.broker import resident_kib, running
 from bench.load import masked_text_frame
-from bench.set_throughput import RESULTS, free_port, roles
+from bench.set_throughput import RESULTS
 
 UPGRADE = (
     b"GET %b HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -111,30 +107,9 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, *, stalled: bool) -> dict[str, float]:
     """One run against a broker of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    config = folder / "broker.yaml"
-    config.write_text(
-        "modules:\n- class: modules::stream::StreamModule\n  config:\n    adapter:\n"
-        "      class: modules::stream::adapters::KvStore\n"
-        "      config: {store_method: in_memory}\n"
-    )
-    port, worker_port = free_port(), free_port()
-    broker = subprocess.Popen(
-        f"{sys.executable} -m broker serve --config {config} --data-dir {folder / 'data'}"
-        f" --shards 2 --host 127.0.0.1 --port {port} --worker-port {worker_port}"
-        " --metrics-port 0 --log-level error".split(),
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert broker.stdout is not None
-        ready = broker.stdout.readline()
-        assert ready.startswith(b"ready "), ready
-        gateway = next(pid for pid, role in roles(broker.pid).items() if role == "gateway")
-        return uvloop.run(run(options, port, worker_port, gateway, stalled))
-    finally:
-        broker.terminate()
-        broker.wait(30)
-        shutil.rmtree(folder)
+    with running("in_memory") as broker:
+        gateway = next(pid for pid, role in broker.roles.items() if role == "gateway")
+        return uvloop.run(run(options, broker.stream_port, broker.worker_port, gateway, stalled))
 
 
 async def run(
@@ -182,11 +157,6 @@ def stalled_client(port: int) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.sendall(UPGRADE % PATH)
     return client
-
-
-def resident_kib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1024
 
 
 if __name__ == "__main__":
