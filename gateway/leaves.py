@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from itertools import count
 
 import msgspec
 
@@ -49,7 +48,6 @@ class Leaves:
         self._triggers = triggers
         self._links = links
         self._delay_s = delay_s
-        self._lease_ids = count(1)
         self._leases: dict[Subscription, _Lease] = {}
         self._away: dict[bytes, list[_Lease]] = {}
         self.away = 0
@@ -117,8 +115,8 @@ class Leaves:
         self._links.of(lease.group).tell(_message(lease))
 
     def _new_lease(self, subscription: Subscription) -> _Lease:
-        lease_id, context = next(self._lease_ids), subscription.subscriber.context
-        return _Lease(lease_id, subscription.group, head_of(subscription), context)
+        context = subscription.subscriber.context
+        return _Lease(subscription.number, subscription.group, head_of(subscription), context)
 
     def _end(self, lease: _Lease) -> None:
         self._links.of(lease.group).tell(messages.EndLease(lease.lease_id))
