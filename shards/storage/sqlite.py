@@ -1,24 +1,22 @@
 """KvStore `file_based`: an SQLite file per stream, and what is in use of it in memory.
 
 Operations are evaluated on the loop, on cached groups; a thread loads what is not cached before
-and commits what changed after. A group is cached whole, unless it is large: then only the items
-that a batch touches are loaded for it. Nobody reads the cache between evaluation and commit, as
-there is one batch at a time per stream; when a commit fails, what is cached of the stream is
+and commits what changed after. Commits go to the file's journal, and from there to its tables when
+it is long enough, or a moment later. A group is cached whole, unless it is large: then only the
+items that a batch touches are loaded for it. Nobody reads the cache between evaluation and commit,
+as there is one batch at a time per stream; when a commit fails, what is cached of the stream is
 forgotten, so that memory never holds what the disk does not.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import msgspec
 
 from broker import logs, messages
 from broker.clock import Clock
@@ -32,7 +30,6 @@ from shards.group import (
     Done,
     GroupState,
     Head,
-    Kind,
     Operation,
     Snapshot,
     attempt,
@@ -42,17 +39,13 @@ from shards.group import (
 from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
-from shards.storage.sqlite_file import (
-    Batch,
-    GroupRow,
-    HistoryRow,
-    StreamFile,
-    Trim,
-    failure,
-    stream_name,
-)
+from shards.storage.pending import Commit, GroupRow, Trim
+from shards.storage.sqlite_file import StreamFile, failure, stream_name
+from shards.storage.threads import Threads
 
 THREADS = 4
+FLUSH_AFTER_S = 0.25
+"""So long at most a change is in a stream's journal and not in its tables."""
 OPEN_FILES_MAX = 256
 """Stream files kept open per shard; each costs three descriptors."""
 GROUP_OVERHEAD_BYTES = 1000
@@ -62,8 +55,8 @@ LARGE_SHARE = 16
 TRIM_SHARE = 4
 """What is too much of a group's history is looked for when it grew by its limits over this."""
 
-_encode = msgspec.msgpack.encode
-_decode = msgspec.msgpack.Decoder(list[Change]).decode
+_READ_DISK = (messages.Join, messages.ReadHistory)
+"""Operations that may read the history, or have their time remembered, on disk."""
 
 T = TypeVar("T")
 
@@ -78,75 +71,71 @@ class _Stream:
         self.path = path
         self.file: StreamFile | None = None
         self.groups: dict[str, GroupState] = {}
-        self.busy = False
+        self.flush_timer: asyncio.TimerHandle | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.in_use = False
+        """Whether somebody works with it: it stays in memory meanwhile."""
+
+    def use_now(self) -> bool:
+        """Have it for oneself until `release`, if nobody has it."""
+        free = not self.in_use
+        self.in_use = True
+        return free
+
+    async def use(self) -> None:
+        """The same, waiting in line."""
+        if not self.use_now():
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+
+    def release(self) -> None:
+        """Hand it to the next in line."""
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+        else:
+            self.in_use = False
 
 
 class _Changes:
-    """What a batch leaves to be written: of each item the last state only, and the history."""
+    """What a batch changes, by group."""
 
     def __init__(self, limits: HistoryLimits) -> None:
         self.groups: dict[str, GroupState] = {}
         self._limits = limits
-        self._items: dict[tuple[str, str], bytes] = {}
-        self._deleted: dict[tuple[str, str], None] = {}
-        self._history: dict[str, list[Change]] = {}
+        self._changes: dict[str, list[Change]] = {}
 
     def add(self, group: GroupState, change: Change) -> None:
-        self.groups[group.group_id] = group
-        self._history.setdefault(group.group_id, []).append(change)
-        if not change.stored:
-            return
-        assert change.item_id is not None, "only custom events may be of no item"
-        key = (group.group_id, change.item_id)
-        if change.kind is Kind.DELETE:
-            self._items.pop(key, None)
-            self._deleted[key] = None
-        else:
-            self._items[key] = change.data
+        changes = self._changes.get(group.group_id)
+        if changes is None:
+            self.groups[group.group_id] = group
+            changes = self._changes[group.group_id] = []
+        changes.append(change)
 
-    def batch(self, now_ms: int) -> Batch:
+    def commit(self) -> Commit:
         """The same in terms of rows; every group must have its row."""
-        rows = {group_id: group.row for group_id, group in self.groups.items()}
-        history = self._history_rows() if self._limits.events_max else []
-        return Batch(
-            [(rows[group_id], item_id) for group_id, item_id in self._deleted],
-            [(rows[group_id], item_id, data) for (group_id, item_id), data in self._items.items()],
-            [_group_row(group) for group in self.groups.values()],
-            history,
-            [self._trim(group) for group in self.groups.values() if self._is_due(group)],
-            now_ms - self._limits.age_ms_max,
+        groups = self.groups
+        return Commit(
+            [_group_row(group) for group in groups.values()],
+            [(groups[group_id].row, changes) for group_id, changes in self._changes.items()],
         )
 
-    def _history_rows(self) -> list[HistoryRow]:
-        rows = []
-        for group_id, changes in self._history.items():
-            group, last = self.groups[group_id], changes[-1]
-            text = _encode(changes)
-            if len(text) > self._limits.group_bytes_max:
-                text = _encode([change for change in changes[-1:] if self._fits(change)])
-            group.untrimmed += len(text)
-            rows.append(HistoryRow(group.row, last.seq, last.timestamp_ms, text))
-        return rows
-
-    def _fits(self, change: Change) -> bool:
-        return len(change.data) <= self._limits.group_bytes_max // 2
-
-    def _is_due(self, group: GroupState) -> bool:
-        """Whether enough was written to the group's history to look for what is too much."""
-        limits = self._limits
-        if not limits.events_max:
-            return bool(group.untrimmed)
+    def trims(self) -> list[Trim]:
+        """The groups whose history may be too large by now."""
+        limits, trims = self._limits, []
         step = limits.events_max // TRIM_SHARE + 1
-        before = group.head.seq - len(self._history[group.group_id])
-        return (
-            group.untrimmed > limits.group_bytes_max // TRIM_SHARE
-            or before // step != group.head.seq // step
-        )
-
-    def _trim(self, group: GroupState) -> Trim:
-        limits = self._limits
-        group.untrimmed = 0
-        return Trim(group.row, group.head.seq - limits.events_max, limits.group_bytes_max)
+        for group_id, changes in self._changes.items():
+            group = self.groups[group_id]
+            if limits.events_max:
+                group.untrimmed += sum(len(change.data) for change in changes)
+            if (
+                group.untrimmed > limits.group_bytes_max // TRIM_SHARE
+                or (changes[0].seq - 1) // step != group.head.seq // step
+            ):
+                group.untrimmed = 0
+                seq = group.head.seq - limits.events_max
+                trims.append(Trim(group.row, seq, limits.group_bytes_max))
+        return trims
 
 
 class SqliteStorage:
@@ -176,7 +165,7 @@ class SqliteStorage:
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
+        self._threads = Threads(THREADS, "storage")
         self._tasks = Tasks()
 
     async def open(self) -> None:
@@ -193,10 +182,13 @@ class SqliteStorage:
         await self._tasks.wait()
         with suppress(StorageError):  # then the next life begins a little later than it had to
             await self._in_thread(self._clock_file.close)
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
+            if stream.flush_timer is not None:
+                stream.flush_timer.cancel()
+            await self._flush(stream)
             if stream.file is not None:
                 await self._in_thread(stream.file.close)
-        self._threads.shutdown()
+        self._threads.close()
 
     @property
     def cached_groups(self) -> int:
@@ -209,7 +201,11 @@ class SqliteStorage:
         return len(self._open_files)
 
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
-        self._tasks.start(self._execute(stream, operations, settle))
+        state = self._streams.get(stream)
+        if state is not None and _in_memory(state, operations) and state.use_now():
+            self._execute_now(state, operations, settle)
+        else:
+            self._tasks.start(self._execute(stream, operations, settle))
 
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Nothing to do: nobody else changes it."""
@@ -228,6 +224,34 @@ class SqliteStorage:
         async with self._use(stream) as state:
             file = await self._file(state, create=False)
             return [] if file is None else await self._in_thread(file.groups)
+
+    def _execute_now(self, state: _Stream, operations: Sequence[Operation], settle: Settle) -> None:
+        """`_execute` for what needs nothing from the disk, which is nearly all: no task for it."""
+        settled, changes = self._evaluate(state, operations)
+        file = state.file
+        assert file is not None, "checked before"
+
+        def done(_: None, error: Exception | None) -> None:
+            if error is None:
+                outcome = settled
+                self._account(state, {operation.group_id for operation in operations})
+            elif isinstance(error, StorageError):
+                outcome = [(error, None)] * len(operations)
+                self._forget(state)
+            else:
+                raise error
+            if state.file is not None and state.file.pending.is_large:
+                self._tasks.start(self._flush_and_release(state))
+            else:
+                self._flush_later(state)
+                self._release(state)
+            settle(outcome)
+
+        self._open_files.move_to_end(state.name)
+        if changes.groups:
+            self._threads.submit(self._commit_work(file, changes), done)
+        else:
+            done(None, None)
 
     async def _execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         settled: list[Settled] = []
@@ -269,20 +293,40 @@ class SqliteStorage:
                 settled = [await self._read_large(state, group, operations[0])]
                 await self._reserve(settled)
                 return settled
-        now_ms = self._clock()
-        changes = _Changes(self._history_limits)
-        settled = []
-        for operation in operations:
-            group = state.groups[operation.group_id]
-            outcome = attempt(group, operation, now_ms, self._response_bytes_max)
-            settled.append((outcome, group))
-            if isinstance(outcome, Done) and outcome.change is not None:
-                changes.add(group, outcome.change)
+        settled, changes = self._evaluate(state, operations)
         if changes.groups:
-            await self._commit(state, changes, now_ms)
+            file = await self._file(state, create=True)
+            assert file is not None, "made when it is missing"
+            await self._in_thread(self._commit_work(file, changes))
+            if file.pending.is_large:
+                await self._flush(state)
+            self._flush_later(state)
         await self._reserve(settled)
         self._account(state, {operation.group_id for operation in operations})
         return settled
+
+    def _evaluate(
+        self, state: _Stream, operations: Sequence[Operation]
+    ) -> tuple[list[Settled], _Changes]:
+        """Perform `operations` in memory, where all that they need is."""
+        now_ms, bytes_max, groups = self._clock(), self._response_bytes_max, state.groups
+        changes = _Changes(self._history_limits)
+        settled: list[Settled] = []
+        for operation in operations:
+            group = groups[operation.group_id]
+            outcome = attempt(group, operation, now_ms, bytes_max)
+            settled.append((outcome, group))
+            if type(outcome) is Done and outcome.change is not None:
+                changes.add(group, outcome.change)
+        return settled, changes
+
+    def _commit_work(self, file: StreamFile, changes: _Changes) -> Callable[[], None]:
+        """What a thread has to do to make `changes` durable."""
+        for group in changes.groups.values():
+            if not group.row:
+                group.row = file.next_row
+                file.next_row += 1
+        return partial(file.commit, changes.commit(), changes.trims())
 
     async def _load(self, state: _Stream, operations: Sequence[Operation]) -> None:
         """Bring in the groups and items that `operations` need."""
@@ -371,25 +415,18 @@ class SqliteStorage:
         file = await self._file(state, create=False)
         if file is None or not limits.events_max or since >= group.head.seq:
             return
-        blobs = await self._in_thread(lambda: file.history(group.row, since))
-        group.history = History(limits, [c for blob in blobs for c in _decode(blob)])
-
-    async def _commit(self, state: _Stream, changes: _Changes, now_ms: int) -> None:
-        file = await self._file(state, create=True)
-        assert file is not None, "made when it is missing"
-        for group in changes.groups.values():
-            if not group.row:
-                group.row = file.next_row
-                file.next_row += 1
-        batch = changes.batch(now_ms)
-        await self._in_thread(lambda: file.commit(batch))
+        changes = await self._in_thread(lambda: file.history(group.row, since))
+        group.history = History(limits, changes)
 
     async def _file(self, state: _Stream, *, create: bool) -> StreamFile | None:
         """The stream's open file; None when there is none and `create` is False."""
         if state.file is None:
             if not create and not await self._in_thread(state.path.exists):
                 return None
-            state.file = await self._in_thread(lambda: StreamFile(state.path, state.name))
+            state.file = await self._in_thread(
+                lambda: StreamFile(state.path, state.name, self._history_limits)
+            )
+            self._flush_later(state)
         self._open_files[state.name] = state
         self._open_files.move_to_end(state.name)
         if len(self._open_files) > OPEN_FILES_MAX:
@@ -400,12 +437,46 @@ class SqliteStorage:
         for name, state in list(self._open_files.items()):
             if len(self._open_files) <= OPEN_FILES_MAX:
                 return
-            if not state.busy and state.file is not None:
-                del self._open_files[name]
-                file, state.file = state.file, None
-                await self._in_thread(file.close)
-                if self._streams.get(name) is state:
-                    self._drop_if_unused(state)
+            if not state.in_use and state.file is not None:
+                async with self._use(name):
+                    await self._flush(state)
+                    file, state.file = state.file, None
+                    self._open_files.pop(name, None)
+                    if file is not None:
+                        await self._in_thread(file.close)
+
+    def _flush_later(self, state: _Stream) -> None:
+        """Have what is in the journal written to the tables before long."""
+        if state.flush_timer is None and state.file is not None and state.file.pending:
+            loop = asyncio.get_running_loop()
+            state.flush_timer = loop.call_later(FLUSH_AFTER_S, self._flush_soon, state)
+
+    def _flush_soon(self, state: _Stream) -> None:
+        state.flush_timer = None
+        if state.file is not None:
+            self._tasks.start(self._flush_now(state.name))
+
+    async def _flush_now(self, name: str) -> None:
+        async with self._use(name) as state:
+            await self._flush(state)
+
+    async def _flush_and_release(self, state: _Stream) -> None:
+        try:
+            await self._flush(state)
+        finally:
+            self._release(state)
+
+    async def _flush(self, state: _Stream) -> None:
+        """Write what is in the journal to the tables; when that fails it is in the journal still,
+        and is read again from there."""
+        file, expired_ms = state.file, self._clock() - self._history_limits.age_ms_max
+        if file is None or not file.pending:
+            return
+        try:
+            await self._in_thread(lambda: file.flush(expired_ms))
+        except StorageError as error:
+            _log.warning("journal_not_flushed", stream=state.name, reason=error.message)
+            self._drop_file(state)
 
     @asynccontextmanager
     async def _use(self, name: str) -> AsyncIterator[_Stream]:
@@ -414,14 +485,16 @@ class SqliteStorage:
         if state is None:
             path = self._directory / f"{file_name(name)}.db"
             state = self._streams[name] = _Stream(name, path)
-        assert not state.busy, "one batch at a time"
-        state.busy = True
+        await state.use()
         try:
             yield state
         finally:
-            state.busy = False
-            self._drop_if_unused(state)
-            self._trim()
+            self._release(state)
+
+    def _release(self, state: _Stream) -> None:
+        state.release()
+        self._drop_if_unused(state)
+        self._trim()
 
     def _forget(self, state: _Stream) -> None:
         """Drop what memory holds of the stream; the next operation reads the disk."""
@@ -429,10 +502,14 @@ class SqliteStorage:
             self._note_forgotten(group)
             self.cached_bytes -= self._cached.pop((state.name, group_id), 0)
         state.groups.clear()
+        self._drop_file(state)
+
+    def _drop_file(self, state: _Stream) -> None:
+        """Close a file that failed; the next operation opens it again."""
         if state.file is not None:
             self._open_files.pop(state.name, None)
             file, state.file = state.file, None
-            self._threads.submit(file.close)
+            self._threads.submit(file.close, _closed)
 
     def _size(self, group: GroupState) -> int:
         return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
@@ -463,7 +540,7 @@ class SqliteStorage:
                 return
             key = next(iter(self._cached))
             other = self._streams[key[0]]
-            if other.busy:
+            if other.in_use:
                 self._cached.move_to_end(key)
                 continue
             self.cached_bytes -= self._cached.pop(key)
@@ -474,14 +551,31 @@ class SqliteStorage:
         self._forgotten_timestamp_ms = max(self._forgotten_timestamp_ms, group.head.timestamp_ms)
 
     def _drop_if_unused(self, state: _Stream) -> None:
-        if not state.busy and not state.groups and state.file is None:
+        if not state.in_use and not state.groups and state.file is None:
             self._streams.pop(state.name, None)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await self._threads.run(work)
         except OSError as error:
             raise failure(self._directory, error) from error
+
+
+def _in_memory(state: _Stream, operations: Sequence[Operation]) -> bool:
+    """Whether `operations` need nothing from the disk."""
+    if state.file is None:
+        return False
+    groups = state.groups
+    for operation in operations:
+        group = groups.get(operation.group_id)
+        if group is None or not group.complete or type(operation) in _READ_DISK:
+            return False
+    return True
+
+
+def _closed(_: None, error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _group_row(group: GroupState) -> GroupRow:

@@ -1,6 +1,8 @@
 """One stream's SQLite file: schema, reads and commits. Blocking: runs on a storage thread.
 
-WAL with `synchronous=FULL`: a commit is on disk when `commit` returns. Rows are written with few
+WAL with `synchronous=FULL`: a commit is on disk when `commit` returns. It is one row of the table
+`journal`, so it touches few pages however many items changed; once in a while all that is in the
+journal goes to the other tables, and reads look at both meanwhile. Rows are written with few
 statements of many rows each, because every statement gives up and takes back the interpreter's
 lock, and the event loop is busy on the other side of it.
 """
@@ -17,8 +19,11 @@ import msgspec
 
 from broker.errors import StorageError
 from shards.files import sync_directory
+from shards.group import Change
+from shards.history import HistoryLimits
+from shards.storage.pending import Commit, GroupRow, Pending, Trim
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 _APPLICATION_ID = 0x53425231  # "SBR1"
 _ROWS_PER_STATEMENT = (256, 64, 16, 4, 1)
 _SELECT_NAMES_MAX = 500
@@ -33,6 +38,14 @@ CREATE TABLE history (
 );
 CREATE INDEX history_of_group ON history (group_key, last_seq);
 """
+_JOURNAL = """
+CREATE TABLE journal (
+    id INTEGER PRIMARY KEY,  -- grows with time
+    entry BLOB NOT NULL  -- a commit that is not in the other tables yet
+);
+"""
+_UPGRADES = {1: _HISTORY, 2: _JOURNAL}
+"""What leads from a layout to the next one."""
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
@@ -54,6 +67,7 @@ CREATE TABLE items (
     UNIQUE (group_key, item_id)
 );
 {_HISTORY}
+{_JOURNAL}
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {LAYOUT_VERSION};
 """
@@ -73,49 +87,11 @@ _DELETE_EXPIRED = (
     " AND id IN (SELECT id FROM history ORDER BY id LIMIT ?)"
 )
 _DELETE_ITEMS = "DELETE FROM items WHERE (group_key, item_id) IN (VALUES {rows})"
-
-
-class GroupRow(msgspec.Struct, frozen=True):
-    """A row of `groups`: a group's head, and the number and bytes of its items."""
-
-    id: int
-    group_id: str
-    epoch: str
-    seq: int
-    timestamp_ms: int
-    items: int
-    bytes: int
-
-
-class HistoryRow(msgspec.Struct, frozen=True):
-    """Changes of one group that were committed together; `changes` is opaque here."""
-
-    group_key: int
-    last_seq: int
-    timestamp_ms: int
-    changes: bytes
-
-
-class Trim(msgspec.Struct, frozen=True):
-    """What may be kept of a group's history: changes after `seq`, and up to so many bytes."""
-
-    group_key: int
-    seq: int
-    bytes_max: int
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """What one commit writes, in this order. An item is named by its group's row and its id.
-
-    expired_ms: history that is older goes, a little with each commit.
-    """
-
-    deleted: list[tuple[int, str]]
-    items: list[tuple[int, str, bytes]]
-    groups: list[GroupRow]
-    history: list[HistoryRow]
-    trims: list[Trim]
-    expired_ms: float
+_APPEND = "INSERT INTO journal (entry) VALUES (?)"
+_ALL_KEPT = HistoryLimits(2**31, 2**53, 2**30, 2**30)
+_encode = msgspec.msgpack.encode
+_decode_commit = msgspec.msgpack.Decoder(Commit).decode
+_decode_changes = msgspec.msgpack.Decoder(list[Change]).decode
 
 
 class StreamFile:
@@ -126,10 +102,21 @@ class StreamFile:
             is of no more use but for `close`.
     """
 
-    def __init__(self, path: Path, stream: str, *, durable: bool = True) -> None:
-        """Open the file at `path`, or make it. Without `durable` commits may get lost: for a
-        copy, which is made durable as a whole."""
+    def __init__(
+        self,
+        path: Path,
+        stream: str,
+        limits: HistoryLimits = _ALL_KEPT,
+        *,
+        durable: bool = True,
+    ) -> None:
+        """Open the file at `path`, or make it; `limits` say what of its past gets into its tables.
+        Without `durable` commits may get lost: for a copy, which is made durable as a whole."""
         self._path = path
+        self._limits = limits
+        self._synchronous = "FULL" if durable else "OFF"
+        self.pending = Pending()
+        """What only the journal holds."""
         created = not path.exists()
         try:
             self._connection = sqlite3.connect(
@@ -138,16 +125,28 @@ class StreamFile:
         except sqlite3.Error as error:
             raise self._failure(error) from error
         try:
-            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+            self._connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             if not self._pragma("user_version") and not self._pragma("application_id"):
                 self._create(stream)
             self._check(stream)
-            self.next_row = self._scalar("SELECT ifnull(max(id), 0) + 1 FROM groups")
+            for (text,) in self._connection.execute("SELECT entry FROM journal ORDER BY id"):
+                self.pending.add(_decode_commit(text), len(text))
+            self.next_row = (
+                max(
+                    self._scalar("SELECT ifnull(max(id), 0) FROM groups"),
+                    *(row.id for row in self.pending.groups.values()),
+                    0,
+                )
+                + 1
+            )
             if created:
                 sync_directory(path.parent)
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise self._failure(error) from error
+        except msgspec.MsgspecError as error:
+            self.close()
+            raise self._corrupt(f"has a damaged journal: {error}") from error
         except StorageError:
             self.close()
             raise
@@ -160,14 +159,15 @@ class StreamFile:
         """The ids of the groups that have items."""
         try:
             cursor = self._connection.execute("SELECT group_id FROM groups WHERE items > 0")
-            return [group_id for (group_id,) in cursor]
+            return self.pending.over_groups([group_id for (group_id,) in cursor])
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
     def group_rows(self, group_ids: Sequence[str]) -> list[GroupRow]:
         """The rows of those of `group_ids` that the file knows."""
-        rows: list[GroupRow] = []
-        names = iter(group_ids)
+        known = self.pending.groups
+        rows = [known[group_id] for group_id in group_ids if group_id in known]
+        names = (group_id for group_id in group_ids if group_id not in known)
         try:
             while some := list(islice(names, _SELECT_NAMES_MAX)):
                 cursor = self._connection.execute(
@@ -181,7 +181,7 @@ class StreamFile:
         return rows
 
     def all_group_rows(self) -> list[GroupRow]:
-        """The rows of all groups, also of those without items."""
+        """The rows of all groups, also of those without items; of a file that was flushed."""
         try:
             cursor = self._connection.execute(
                 "SELECT id, group_id, epoch, seq, timestamp_ms, items, bytes FROM groups"
@@ -191,7 +191,7 @@ class StreamFile:
             raise self._failure(error) from error
 
     def iterate_items(self, row: int) -> Iterator[tuple[str, bytes]]:
-        """As `all_items`, one at a time."""
+        """As `all_items`, one at a time; of a file that was flushed."""
         try:
             yield from self._connection.execute(
                 "SELECT item_id, CAST(value AS BLOB) FROM items WHERE group_key = ? ORDER BY id",
@@ -201,7 +201,8 @@ class StreamFile:
             raise self._failure(error) from error
 
     def copy_group(self, source: StreamFile, row: GroupRow) -> None:
-        """Take over a group of another file, with its history; `finish_copy` ends it."""
+        """Take over a group of another file, which was flushed, with its history; `finish_copy`
+        ends it."""
         execute, read = self._connection.execute, source._connection.execute
         try:
             if not self._connection.in_transaction:
@@ -238,17 +239,19 @@ class StreamFile:
     def all_items(self, row: int) -> list[tuple[str, bytes]]:
         """Ids and values of a group's items, in order of first insertion."""
         try:
-            return self._connection.execute(
+            found = self._connection.execute(
                 "SELECT item_id, CAST(value AS BLOB) FROM items WHERE group_key = ? ORDER BY id",
                 (row,),
             ).fetchall()
+            return self.pending.over_items(row, found)
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
     def some_items(self, row: int, item_ids: Sequence[str]) -> list[tuple[str, bytes]]:
         """Ids and values of those of `item_ids` that the group has."""
-        found: list[tuple[str, bytes]] = []
-        names = iter(item_ids)
+        items, deleted = self.pending.items, self.pending.deleted
+        found = [(i, items[row, i]) for i in item_ids if (row, i) in items]
+        names = (i for i in item_ids if (row, i) not in items and (row, i) not in deleted)
         try:
             while some := list(islice(names, _SELECT_NAMES_MAX)):
                 found += self._connection.execute(
@@ -260,40 +263,69 @@ class StreamFile:
             raise self._failure(error) from error
         return found
 
-    def commit(self, batch: Batch) -> None:
-        """Make `batch` durable, all of it or nothing."""
-        execute = self._connection.execute
+    def commit(self, commit: Commit, trims: Sequence[Trim]) -> None:
+        """Make `commit` durable, all of it or nothing. `trims`: of the history of its groups."""
+        text = _encode(commit)
         try:
-            execute("BEGIN IMMEDIATE")
-            for sql, parameters in _statements(_DELETE_ITEMS, "(?,?)", batch.deleted):
-                execute(sql, parameters)
-            for sql, parameters in _statements(_INSERT_ITEMS, "(?,?,CAST(? AS TEXT))", batch.items):
-                execute(sql, parameters)
-            groups = [msgspec.structs.astuple(row) for row in batch.groups]
-            for sql, parameters in _statements(_INSERT_GROUPS, "(?,?,?,?,?,?,?)", groups):
-                execute(sql, parameters)
-            rows = [msgspec.structs.astuple(row) for row in batch.history]
-            for sql, parameters in _statements(_INSERT_HISTORY, "(?,?,?,?)", rows):
-                execute(sql, parameters)
-            for trim in batch.trims:
-                self._trim(trim)
-            if rows:  # more than comes, so that nothing piles up
-                execute(_DELETE_EXPIRED, (batch.expired_ms, 2 * len(rows)))
-            execute("COMMIT")
+            self._connection.execute(_APPEND, (text,))
         except sqlite3.Error as error:
             raise self._failure(error) from error
+        self.pending.add(commit, len(text))
+        for trim in trims:
+            self.pending.trims[trim.group_key] = trim
 
-    def history(self, row: int, since: int) -> list[bytes]:
-        """The `changes` of a group's rows with changes after `since`, in order."""
+    def flush(self, expired_ms: float = 0) -> None:
+        """Put what is in the journal into the tables; history that is older than `expired_ms` goes,
+        a little each time. It need not be durable at once: the journal is, and a later commit is
+        not without it."""
+        if not self.pending:
+            return
+        execute = self._connection.execute
+        try:
+            if self._synchronous == "FULL":
+                execute("PRAGMA synchronous = NORMAL")
+            execute("BEGIN IMMEDIATE")
+            self._write_tables(expired_ms)
+            execute("COMMIT")
+            execute(f"PRAGMA synchronous = {self._synchronous}")
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        self.pending = Pending()
+
+    def _write_tables(self, expired_ms: float) -> None:
+        execute, pending = self._connection.execute, self.pending
+        for sql, parameters in _statements(_DELETE_ITEMS, "(?,?)", list(pending.deleted)):
+            execute(sql, parameters)
+        items = [(group_key, i, value) for (group_key, i), value in pending.items.items()]
+        for sql, parameters in _statements(_INSERT_ITEMS, "(?,?,CAST(? AS TEXT))", items):
+            execute(sql, parameters)
+        groups = [msgspec.structs.astuple(row) for row in pending.groups.values()]
+        for sql, parameters in _statements(_INSERT_GROUPS, "(?,?,?,?,?,?,?)", groups):
+            execute(sql, parameters)
+        rows = [msgspec.structs.astuple(row) for row in pending.history_rows(self._limits)]
+        for sql, parameters in _statements(_INSERT_HISTORY, "(?,?,?,?)", rows):
+            execute(sql, parameters)
+        for trim in pending.trims.values():
+            self._trim(trim)
+        if rows:  # more than comes, so that nothing piles up
+            execute(_DELETE_EXPIRED, (expired_ms, 2 * len(rows)))
+        execute("DELETE FROM journal")
+
+    def history(self, row: int, since: int) -> list[Change]:
+        """The changes of a group after `since`, as far as they are kept, in order; some before it
+        may come with them."""
         try:
             cursor = self._connection.execute(
                 "SELECT changes FROM history WHERE group_key = ? AND last_seq > ?"
                 " ORDER BY last_seq",
                 (row, since),
             )
-            return [changes for (changes,) in cursor]
+            changes = [change for (text,) in cursor for change in _decode_changes(text)]
         except sqlite3.Error as error:
             raise self._failure(error) from error
+        except msgspec.MsgspecError as error:
+            raise self._corrupt(f"has a damaged history: {error}") from error
+        return changes + self.pending.since(row, since)
 
     def _trim(self, trim: Trim) -> None:
         size = 0
@@ -322,9 +354,10 @@ class StreamFile:
         version = self._pragma("user_version")
         if version > LAYOUT_VERSION:
             raise self._corrupt(f"has layout {version}, this release reads up to {LAYOUT_VERSION}")
-        if version == 1:
+        if version < LAYOUT_VERSION:
+            steps = "".join(_UPGRADES[old] for old in range(version, LAYOUT_VERSION))
             self._connection.executescript(
-                f"BEGIN IMMEDIATE;{_HISTORY}PRAGMA user_version = {LAYOUT_VERSION};COMMIT"
+                f"BEGIN IMMEDIATE;{steps}PRAGMA user_version = {LAYOUT_VERSION};COMMIT"
             )
         row = self._connection.execute("SELECT name FROM stream").fetchone()
         if row != (stream,):

@@ -17,6 +17,7 @@ from broker.errors import BrokerError, InvalidRequest, LimitExceeded, StorageErr
 from broker.names import file_name
 from shards.group import Change, Done, GroupState, Kind, Operation, Snapshot
 from shards.history import HistoryLimits
+from shards.storage import pending
 from shards.storage.base import Settled, Storage
 from shards.storage.memory import EMPTY_GROUPS_MAX, MemoryStorage
 from shards.storage.redis import RedisStorage
@@ -27,7 +28,7 @@ CACHE_BYTES = 2**20
 TINY = 1024
 """Of a cache, the least that can be configured: no group is kept whole."""
 
-FILES = ["sqlite", "sqlite tiny cache"]
+FILES = ["sqlite", "sqlite tiny cache", "sqlite short journal"]
 DURABLE = [*FILES, "redis"]
 KINDS = ["memory", *DURABLE]
 
@@ -88,6 +89,8 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 def storages_of(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
     """Storages of the kind that the fixture is asked for."""
     url = request.getfixturevalue("redis_server").url if request.param == "redis" else ""
+    if "short journal" in request.param:
+        request.getfixturevalue("monkeypatch").setattr(pending, "CHANGES_MAX", 3)
     return Storages(request.param, tmp_path / "shard-0", url)
 
 
