@@ -26,6 +26,7 @@ from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError, LimitExceeded, StorageError
 from broker.names import file_name, stream_of_file_name
 from broker.tasks import Tasks
+from shards.files import make_directory
 from shards.group import (
     ITEM_OVERHEAD_BYTES,
     Change,
@@ -44,17 +45,20 @@ from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
 from shards.storage.sqlite_file import (
     Batch,
+    Connect,
     GroupRow,
     HistoryRow,
     StreamFile,
     Trim,
+    connect_file,
     failure,
     stream_name,
 )
 
 THREADS = 4
 OPEN_FILES_MAX = 256
-"""Stream files kept open per shard; each costs three descriptors."""
+"""Stream files kept open per shard, and streams in use at once; a file costs three descriptors. As
+many again may be open while their disk fails."""
 GROUP_OVERHEAD_BYTES = 1000
 LARGE_SHARE = 16
 """A group larger than the cache's limit divided by this is not cached whole."""
@@ -79,6 +83,8 @@ class _Stream:
         self.file: StreamFile | None = None
         self.groups: dict[str, GroupState] = {}
         self.busy = False
+        self.clearing: asyncio.Future[None] | None = None
+        """Set while its file is seen to by somebody else than its batch."""
 
 
 class _Changes:
@@ -160,8 +166,10 @@ class SqliteStorage:
         *,
         response_bytes_max: int,
         cache_bytes_max: int,
+        connect: Connect = connect_file,
     ) -> None:
         self._directory = directory
+        self._connect = connect
         self._history_limits = history_limits
         self._clock = clock
         self._response_bytes_max = response_bytes_max
@@ -176,12 +184,15 @@ class SqliteStorage:
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
+        self._in_use = asyncio.Semaphore(OPEN_FILES_MAX)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
         self._tasks = Tasks()
 
     async def open(self) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            await asyncio.get_running_loop().run_in_executor(
+                self._threads, make_directory, self._directory
+            )
         except OSError as error:
             raise ConfigError(
                 FILE_PATH_KEY,
@@ -389,47 +400,79 @@ class SqliteStorage:
         if state.file is None:
             if not create and not await self._in_thread(state.path.exists):
                 return None
-            state.file = await self._in_thread(lambda: StreamFile(state.path, state.name))
+            await self._make_room()
+            state.file = await self._in_thread(
+                lambda: StreamFile(state.path, state.name, connect=self._connect)
+            )
         self._open_files[state.name] = state
         self._open_files.move_to_end(state.name)
-        if len(self._open_files) > OPEN_FILES_MAX:
-            await self._close_unused()
         return state.file
 
-    async def _close_unused(self) -> None:
+    async def _make_room(self) -> None:
+        """Close the longest unused file when there are as many as there may be.
+
+        Those of streams that are busy just now stay, and those that are the only ones to know
+        what was committed, as long as the disk fails.
+        """
         for name, state in list(self._open_files.items()):
-            if len(self._open_files) <= OPEN_FILES_MAX:
+            if len(self._open_files) < OPEN_FILES_MAX:
                 return
-            if not state.busy and state.file is not None:
-                del self._open_files[name]
-                file, state.file = state.file, None
-                await self._in_thread(file.close)
-                if self._streams.get(name) is state:
-                    self._drop_if_unused(state)
+            if state.busy or state.clearing is not None or state.file is None:
+                continue
+            if state.file.suspect and not await self._clear_log(state, state.file):
+                continue
+            del self._open_files[name]
+            file, state.file = state.file, None
+            await self._in_thread(file.close)
+            if self._streams.get(name) is state:
+                self._drop_if_unused(state)
+        if len(self._open_files) >= 2 * OPEN_FILES_MAX:
+            raise StorageError(
+                "storage_failed",
+                f"the disk of {self._directory} fails: too many files wait for it",
+                retryable=True,
+            )
+
+    async def _clear_log(self, state: _Stream, file: StreamFile) -> bool:
+        """Whether the file of a stream without a batch may be closed now."""
+        state.clearing = asyncio.get_running_loop().create_future()
+        try:
+            await self._in_thread(file.clear_log)
+        except StorageError as error:
+            _log.warning("log_not_cleared", stream=state.name, reason=error.message)
+            return False
+        else:
+            return True
+        finally:
+            state.clearing.set_result(None)
+            state.clearing = None
 
     @asynccontextmanager
     async def _use(self, name: str) -> AsyncIterator[_Stream]:
         """A stream whose file stays open and whose groups stay cached meanwhile."""
-        state = self._streams.get(name)
-        if state is None:
-            path = self._directory / f"{file_name(name)}.db"
-            state = self._streams[name] = _Stream(name, path)
-        assert not state.busy, "one batch at a time"
-        state.busy = True
-        try:
-            yield state
-        finally:
-            state.busy = False
-            self._drop_if_unused(state)
-            self._trim()
+        async with self._in_use:
+            while (state := self._streams.get(name)) is not None and state.clearing is not None:
+                await asyncio.wait([state.clearing])
+            if state is None:
+                path = self._directory / f"{file_name(name)}.db"
+                state = self._streams[name] = _Stream(name, path)
+            assert not state.busy, "one batch at a time"
+            state.busy = True
+            try:
+                yield state
+            finally:
+                state.busy = False
+                self._drop_if_unused(state)
+                self._trim()
 
     def _forget(self, state: _Stream) -> None:
-        """Drop what memory holds of the stream; the next operation reads the disk."""
+        """Drop what memory holds of the stream; the next operation reads the disk, through another
+        connection unless this one alone knows what was committed."""
         for group_id, group in state.groups.items():
             self._note_forgotten(group)
             self.cached_bytes -= self._cached.pop((state.name, group_id), 0)
         state.groups.clear()
-        if state.file is not None:
+        if state.file is not None and not state.file.suspect:
             self._open_files.pop(state.name, None)
             file, state.file = state.file, None
             self._threads.submit(file.close)

@@ -8,7 +8,8 @@ lock, and the event loop is busy on the other side of it.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import StorageError
-from shards.files import sync_directory
+from shards.files import sync_directory, write_again
 
 LAYOUT_VERSION = 2
 _APPLICATION_ID = 0x53425231  # "SBR1"
@@ -118,33 +119,51 @@ class Batch(msgspec.Struct, frozen=True):
     expired_ms: float
 
 
+Connect = Callable[[Path], sqlite3.Connection]
+
+
+def connect_file(path: Path) -> sqlite3.Connection:
+    """A connection to the file at `path`, which is made; any thread may use it, one at a time."""
+    return sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, cached_statements=64
+    )
+
+
 class StreamFile:
     """An open file. Used by one thread at a time.
 
     Raises (every method, the constructor included):
         StorageError: `storage_failed` or `storage_corrupt`, naming the file. After it the object
-            is of no more use but for `close`.
+            is of no more use but for `close`; while it is `suspect`, for reads and commits too.
     """
 
-    def __init__(self, path: Path, stream: str, *, durable: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stream: str,
+        *,
+        durable: bool = True,
+        connect: Connect = connect_file,
+    ) -> None:
         """Open the file at `path`, or make it. Without `durable` commits may get lost: for a
         copy, which is made durable as a whole."""
         self._path = path
-        created = not path.exists()
+        self.suspect = False
+        """A commit failed, and what it left in the log could count for whoever opens the file
+        again: it is to be kept open."""
         try:
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, cached_statements=64
-            )
-        except sqlite3.Error as error:
+            if durable:  # a process that died may have left what it did not sync: nobody saw it
+                write_again(path.with_name(f"{path.name}-wal"))
+            self._connection = connect(path)
+        except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
         try:
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
             if not self._pragma("user_version") and not self._pragma("application_id"):
+                sync_directory(path.parent)  # before there is anything in it
                 self._create(stream)
             self._check(stream)
             self.next_row = self._scalar("SELECT ifnull(max(id), 0) + 1 FROM groups")
-            if created:
-                sync_directory(path.parent)
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise self._failure(error) from error
@@ -263,6 +282,9 @@ class StreamFile:
     def commit(self, batch: Batch) -> None:
         """Make `batch` durable, all of it or nothing."""
         execute = self._connection.execute
+        if self.suspect:
+            self.clear_log()
+        committing = False
         try:
             execute("BEGIN IMMEDIATE")
             for sql, parameters in _statements(_DELETE_ITEMS, "(?,?)", batch.deleted):
@@ -279,9 +301,33 @@ class StreamFile:
                 self._trim(trim)
             if rows:  # more than comes, so that nothing piles up
                 execute(_DELETE_EXPIRED, (batch.expired_ms, 2 * len(rows)))
+            committing = True
             execute("COMMIT")
         except sqlite3.Error as error:
+            failed = self._failure(error)
+            if committing and failed.retryable:
+                self.suspect = True
+                with suppress(StorageError):  # tried again before the next commit
+                    self.clear_log()
+            raise failed from error
+
+    def clear_log(self) -> None:
+        """Put what was committed into the file itself and empty the log: what a commit left there
+        whose sync failed is whole to everyone who reads it, as far as the page cache knows.
+        After it nothing is `suspect` any more."""
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            row = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
             raise self._failure(error) from error
+        if row[0]:
+            raise StorageError(
+                "storage_failed",
+                f"{self._path}: another program reads it while its log has to be emptied",
+                retryable=True,
+            )
+        self.suspect = False
 
     def history(self, row: int, since: int) -> list[bytes]:
         """The `changes` of a group's rows with changes after `since`, in order."""
