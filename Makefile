@@ -1,8 +1,8 @@
-# make setup | run | test | lint | bench; every target sets up what it needs.
+# make setup | run | test | lint | bench | power; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench
+.PHONY: setup run test lint bench power
 
 setup: .venv/.installed
 
@@ -26,6 +26,9 @@ lint: .venv/.installed-dev
 
 bench: setup
 	$(BIN)/python -m bench.set_throughput
+
+power: .venv/.installed-dev
+	$(BIN)/python -m tests.power --cuts $(or $(CUTS),10000) $(and $(SEED),--seed $(SEED))
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

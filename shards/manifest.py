@@ -9,7 +9,7 @@ import msgspec
 
 from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError
-from shards.files import sync_directory
+from shards.files import create_file, make_directory, replace_file
 
 LAYOUT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -36,7 +36,7 @@ def check(folder: Path, shards: int) -> None:
     path = folder / FILE_NAME
     half_done = folder / RESHARDING / COMPLETE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         if half_done.exists():
             wanted = read_file(half_done).shards
             raise ConfigError(
@@ -88,27 +88,18 @@ def read_file(path: Path) -> Manifest:
 
 def write(path: Path, shards: int) -> None:
     """Make a manifest at `path`, durable, unless there is one. Raises `OSError`."""
-    draft = _draft(path, shards)
-    try:
-        os.link(draft, path)  # never over the manifest of a shard that was faster
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
-    sync_directory(path.parent)
+    create_file(path, _text(shards), _draft(path))  # never over that of a shard that was faster
 
 
 def replace(folder: Path, shards: int) -> None:
     """Put another number of shards into the folder's manifest. Raises `OSError`."""
     path = folder / FILE_NAME
-    _draft(path, shards).rename(path)
-    sync_directory(folder)
+    replace_file(path, _text(shards), _draft(path))
 
 
-def _draft(path: Path, shards: int) -> Path:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(msgspec.json.encode(Manifest(LAYOUT_VERSION, shards)) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return draft
+def _text(shards: int) -> bytes:
+    return msgspec.json.encode(Manifest(LAYOUT_VERSION, shards)) + b"\n"
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}")

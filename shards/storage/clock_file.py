@@ -6,10 +6,9 @@ time a little ahead is written down before syncs are stamped with what is up to 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from shards.files import sync_directory
+from shards.files import replace_file
 
 AHEAD_MS = 2000
 """How far ahead is reserved: as far the clock may jump when the shard was killed."""
@@ -44,9 +43,4 @@ class ClockFile:
 
     def _write(self, timestamp_ms: int) -> None:
         draft = self._path.with_name("clock.draft")
-        with draft.open("w", encoding="ascii") as file:
-            file.write(f"{timestamp_ms}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(self._path)
-        sync_directory(self._path.parent)
+        replace_file(self._path, b"%d\n" % timestamp_ms, draft)

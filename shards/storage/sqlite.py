@@ -24,6 +24,7 @@ from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError, LimitExceeded, StorageError
 from broker.names import file_name, stream_of_file_name
 from broker.tasks import Tasks
+from shards.files import make_directory
 from shards.group import (
     ITEM_OVERHEAD_BYTES,
     Change,
@@ -40,14 +41,15 @@ from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
 from shards.storage.pending import Commit, GroupRow, Trim
-from shards.storage.sqlite_file import StreamFile, failure, stream_name
+from shards.storage.sqlite_file import Connect, StreamFile, connect_file, failure, stream_name
 from shards.storage.threads import Threads
 
 THREADS = 4
 FLUSH_AFTER_S = 0.25
 """So long at most a change is in a stream's journal and not in its tables."""
 OPEN_FILES_MAX = 256
-"""Stream files kept open per shard; each costs three descriptors."""
+"""Stream files kept open per shard, and streams in use at once; a file costs three descriptors. As
+many again may be open while their disk fails."""
 GROUP_OVERHEAD_BYTES = 1000
 LARGE_SHARE = 16
 """A group larger than the cache's limit divided by this is not cached whole."""
@@ -149,8 +151,10 @@ class SqliteStorage:
         *,
         response_bytes_max: int,
         cache_bytes_max: int,
+        connect: Connect = connect_file,
     ) -> None:
         self._directory = directory
+        self._connect = connect
         self._history_limits = history_limits
         self._clock = clock
         self._response_bytes_max = response_bytes_max
@@ -165,12 +169,13 @@ class SqliteStorage:
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
+        self._in_use = asyncio.Semaphore(OPEN_FILES_MAX)
         self._threads = Threads(THREADS, "storage")
         self._tasks = Tasks()
 
     async def open(self) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            await self._threads.run(partial(make_directory, self._directory))
         except OSError as error:
             raise ConfigError(
                 FILE_PATH_KEY,
@@ -423,27 +428,54 @@ class SqliteStorage:
         if state.file is None:
             if not create and not await self._in_thread(state.path.exists):
                 return None
+            await self._make_room()
             state.file = await self._in_thread(
-                lambda: StreamFile(state.path, state.name, self._history_limits)
+                lambda: StreamFile(
+                    state.path, state.name, self._history_limits, connect=self._connect
+                )
             )
             self._flush_later(state)
         self._open_files[state.name] = state
         self._open_files.move_to_end(state.name)
-        if len(self._open_files) > OPEN_FILES_MAX:
-            await self._close_unused()
         return state.file
 
-    async def _close_unused(self) -> None:
-        for name, state in list(self._open_files.items()):
-            if len(self._open_files) <= OPEN_FILES_MAX:
+    async def _make_room(self) -> None:
+        """Close the longest unused file when there are as many as there may be.
+
+        Those of streams that are busy just now stay, and those that are the only ones to know
+        what was committed, as long as the disk fails.
+        """
+        for state in list(self._open_files.values()):
+            if len(self._open_files) < OPEN_FILES_MAX:
                 return
-            if not state.in_use and state.file is not None:
-                async with self._use(name):
-                    await self._flush(state)
-                    file, state.file = state.file, None
-                    self._open_files.pop(name, None)
-                    if file is not None:
-                        await self._in_thread(file.close)
+            if state.file is None or not state.use_now():
+                continue
+            try:
+                await self._close_file(state)
+            finally:
+                self._release(state)
+        if len(self._open_files) >= 2 * OPEN_FILES_MAX:
+            raise StorageError(
+                "storage_failed",
+                f"the disk of {self._directory} fails: too many files wait for it",
+                retryable=True,
+            )
+
+    async def _close_file(self, state: _Stream) -> None:
+        """Close a stream's file, its tables up to date, unless it alone knows what counts."""
+        await self._flush(state)
+        file = state.file
+        if file is None:
+            return
+        if file.suspect:
+            try:
+                await self._in_thread(file.clear_log)
+            except StorageError as error:
+                _log.warning("log_not_cleared", stream=state.name, reason=error.message)
+                return
+        state.file = None
+        del self._open_files[state.name]
+        await self._in_thread(file.close)
 
     def _flush_later(self, state: _Stream) -> None:
         """Have what is in the journal written to the tables before long."""
@@ -481,15 +513,16 @@ class SqliteStorage:
     @asynccontextmanager
     async def _use(self, name: str) -> AsyncIterator[_Stream]:
         """A stream whose file stays open and whose groups stay cached meanwhile."""
-        state = self._streams.get(name)
-        if state is None:
-            path = self._directory / f"{file_name(name)}.db"
-            state = self._streams[name] = _Stream(name, path)
-        await state.use()
-        try:
-            yield state
-        finally:
-            self._release(state)
+        async with self._in_use:
+            state = self._streams.get(name)
+            if state is None:
+                path = self._directory / f"{file_name(name)}.db"
+                state = self._streams[name] = _Stream(name, path)
+            await state.use()
+            try:
+                yield state
+            finally:
+                self._release(state)
 
     def _release(self, state: _Stream) -> None:
         state.release()
@@ -497,7 +530,8 @@ class SqliteStorage:
         self._trim()
 
     def _forget(self, state: _Stream) -> None:
-        """Drop what memory holds of the stream; the next operation reads the disk."""
+        """Drop what memory holds of the stream; the next operation reads the disk, through another
+        connection unless this one alone knows what was committed."""
         for group_id, group in state.groups.items():
             self._note_forgotten(group)
             self.cached_bytes -= self._cached.pop((state.name, group_id), 0)
@@ -505,8 +539,8 @@ class SqliteStorage:
         self._drop_file(state)
 
     def _drop_file(self, state: _Stream) -> None:
-        """Close a file that failed; the next operation opens it again."""
-        if state.file is not None:
+        """Close a file that failed, unless it is to be kept; the next operation opens it again."""
+        if state.file is not None and not state.file.suspect:
             self._open_files.pop(state.name, None)
             file, state.file = state.file, None
             self._threads.submit(file.close, _closed)

@@ -10,7 +10,8 @@ lock, and the event loop is busy on the other side of it.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import StorageError
-from shards.files import sync_directory
+from shards.files import sync_directory, write_again
 from shards.group import Change
 from shards.history import HistoryLimits
 from shards.storage.pending import Commit, GroupRow, Pending, Trim
@@ -94,12 +95,22 @@ _decode_commit = msgspec.msgpack.Decoder(Commit).decode
 _decode_changes = msgspec.msgpack.Decoder(list[Change]).decode
 
 
+Connect = Callable[[Path], sqlite3.Connection]
+
+
+def connect_file(path: Path) -> sqlite3.Connection:
+    """A connection to the file at `path`, which is made; any thread may use it, one at a time."""
+    return sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, cached_statements=64
+    )
+
+
 class StreamFile:
     """An open file. Used by one thread at a time.
 
     Raises (every method, the constructor included):
         StorageError: `storage_failed` or `storage_corrupt`, naming the file. After it the object
-            is of no more use but for `close`.
+            is of no more use but for `close`; while it is `suspect`, for reads and commits too.
     """
 
     def __init__(
@@ -109,38 +120,33 @@ class StreamFile:
         limits: HistoryLimits = _ALL_KEPT,
         *,
         durable: bool = True,
+        connect: Connect = connect_file,
     ) -> None:
         """Open the file at `path`, or make it; `limits` say what of its past gets into its tables.
         Without `durable` commits may get lost: for a copy, which is made durable as a whole."""
         self._path = path
         self._limits = limits
-        self._synchronous = "FULL" if durable else "OFF"
         self.pending = Pending()
         """What only the journal holds."""
-        created = not path.exists()
+        self.suspect = False
+        """A commit failed, and what it left in the log could count for whoever opens the file
+        again: it is to be kept open."""
         try:
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, cached_statements=64
-            )
-        except sqlite3.Error as error:
+            if durable:  # a process that died may have left what it did not sync: nobody saw it
+                write_again(path.with_name(f"{path.name}-wal"))
+            self._connection = connect(path)
+        except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
         try:
-            self._connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
             if not self._pragma("user_version") and not self._pragma("application_id"):
+                sync_directory(path.parent)  # before there is anything in it
                 self._create(stream)
             self._check(stream)
             for (text,) in self._connection.execute("SELECT entry FROM journal ORDER BY id"):
                 self.pending.add(_decode_commit(text), len(text))
-            self.next_row = (
-                max(
-                    self._scalar("SELECT ifnull(max(id), 0) FROM groups"),
-                    *(row.id for row in self.pending.groups.values()),
-                    0,
-                )
-                + 1
-            )
-            if created:
-                sync_directory(path.parent)
+            last = self._scalar("SELECT ifnull(max(id), 0) FROM groups")
+            self.next_row = max(last, *(row.id for row in self.pending.groups.values()), 0) + 1
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise self._failure(error) from error
@@ -265,32 +271,61 @@ class StreamFile:
 
     def commit(self, commit: Commit, trims: Sequence[Trim]) -> None:
         """Make `commit` durable, all of it or nothing. `trims`: of the history of its groups."""
+        if self.suspect:
+            self.clear_log()
         text = _encode(commit)
         try:
             self._connection.execute(_APPEND, (text,))
         except sqlite3.Error as error:
-            raise self._failure(error) from error
+            raise self._commit_failed(error) from error
         self.pending.add(commit, len(text))
         for trim in trims:
             self.pending.trims[trim.group_key] = trim
 
     def flush(self, expired_ms: float = 0) -> None:
         """Put what is in the journal into the tables; history that is older than `expired_ms` goes,
-        a little each time. It need not be durable at once: the journal is, and a later commit is
-        not without it."""
+        a little each time. It is synced as every commit, so that all that a later one finds in the
+        log is on disk: see `clear_log`."""
         if not self.pending:
             return
+        if self.suspect:
+            self.clear_log()
         execute = self._connection.execute
+        committing = False
         try:
-            if self._synchronous == "FULL":
-                execute("PRAGMA synchronous = NORMAL")
             execute("BEGIN IMMEDIATE")
             self._write_tables(expired_ms)
+            committing = True
             execute("COMMIT")
-            execute(f"PRAGMA synchronous = {self._synchronous}")
+        except sqlite3.Error as error:
+            raise (self._commit_failed if committing else self._failure)(error) from error
+        self.pending = Pending()
+
+    def _commit_failed(self, error: sqlite3.Error) -> StorageError:
+        failed = self._failure(error)
+        if failed.retryable:
+            self.suspect = True
+            with suppress(StorageError):  # tried again before the next commit
+                self.clear_log()
+        return failed
+
+    def clear_log(self) -> None:
+        """Put what was committed into the file itself and empty the log: what a commit left there
+        whose sync failed is whole to everyone who reads it, as far as the page cache knows.
+        After it nothing is `suspect` any more."""
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            row = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error as error:
             raise self._failure(error) from error
-        self.pending = Pending()
+        if row[0]:
+            raise StorageError(
+                "storage_failed",
+                f"{self._path}: another program reads it while its log has to be emptied",
+                retryable=True,
+            )
+        self.suspect = False
 
     def _write_tables(self, expired_ms: float) -> None:
         execute, pending = self._connection.execute, self.pending
