@@ -85,9 +85,9 @@ def redis_server() -> Iterator[tuple[int, int]]:
     """A Redis that keeps nothing on disk: its port and pid."""
     folder = tempfile.mkdtemp(prefix="bench-redis-")
     port = free_port()
+    command = f"redis-server --port {port} --bind 127.0.0.1 --dir {folder} --appendonly no --save"
     server = subprocess.Popen(
-        f"redis-server --port {port} --bind 127.0.0.1 --dir {folder} --appendonly no"
-        " --save".split() + [""],
+        [*command.split(), ""],
         stdout=subprocess.DEVNULL,
     )
     try:

@@ -3,10 +3,10 @@
 `python -m bench.floor in_memory|file_based|redis` is one process on uvloop that speaks as much of
 both protocols as the generator uses. Handshakes are the `websockets` library's (Sans-I/O); frames
 are taken out by their headers, messages decoded into typed structs, answers and events made once
-and written joined, once per socket and turn of the loop. Items are in a dict. With `file_based` what
-came while one commit was under way is the next: one table, `synchronous=FULL`, on a thread, and
-answers go out after it. There are no checks, limits, queues, metrics, shards or restarts: a broker
-that promises something has to cost more, and the ratio says how much.
+and written joined, once per socket and turn of the loop. Items are in a dict. With `file_based`
+what came while one commit was under way is the next: one table, `synchronous=FULL`, on a thread,
+and answers go out after it. There are no checks, limits, queues, metrics, shards or restarts: a
+broker that promises something has to cost more, and the ratio says how much.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,7 @@ import msgspec
 import uvloop
 from msgspec import Raw, Struct
 from websockets.http11 import Request
+from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.speedups import apply_mask
 
@@ -213,9 +215,7 @@ class Floor:
             group.sync = None
             kind = b"create" if old is None else b"update"
             item_id = b'"%b"' % data.item_id.encode()
-            socket.send(
-                answer(call, b'{"old_value":%b,"new_value":%b}' % (old or b"null", value))
-            )
+            socket.send(answer(call, b'{"old_value":%b,"new_value":%b}' % (old or b"null", value)))
         group.seq += 1
         if not group.subscribers and self.trigger is None:
             return
@@ -313,6 +313,7 @@ class Socket(asyncio.Protocol):
                 assert isinstance(request, Request)
                 self.handshake.send_response(self.handshake.accept(request))
                 self.transport.write(b"".join(self.handshake.data_to_send()))
+            if self.handshake.state is State.OPEN:
                 self.handshake = None
             return
         if self.rest:
@@ -456,7 +457,7 @@ async def serve(store: str, folder: Path) -> None:
     ports = []
     for is_worker in (False, True):
         server = await loop.create_server(
-            lambda is_worker=is_worker: Socket(floor, is_worker), "127.0.0.1", 0, backlog=1024
+            partial(Socket, floor, is_worker), "127.0.0.1", 0, backlog=1024
         )
         ports.append(server.sockets[0].getsockname()[1])
     print("ready", *ports, flush=True)

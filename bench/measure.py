@@ -54,9 +54,9 @@ def _serving(side: Side, scenario: Scenario) -> Iterator[Running]:
 def measure(side: Side, scenario: Scenario, seconds: float, warm_up_s: float = 1) -> Figures:
     """One run on a server of its own.
 
-    Figures: `per_s` of the scenario's unit; `p50_ms`, `p90_ms`, `p99_ms`, `p999_ms`; CPU in cores of
-    `generator`, `gateway`, `shards`, `floor`, `redis`; `cpu_s_per_million` of all but the generator;
-    with subscribers `seen_percent` of the events that they should have got.
+    Figures: `per_s` of the scenario's unit; `p50_ms`, `p90_ms`, `p99_ms`, `p999_ms`, `max_ms`; CPU
+    in cores, `…_cpu`, of the generator and of each kind of process; `cpu_s_per_million` of all but
+    the generator; with subscribers `seen_percent`, of the events that they should have got.
 
     Raises:
         generator.LoadFailed, generator.NeedsCompiler

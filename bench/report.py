@@ -55,7 +55,7 @@ def lines(name: str, row: dict[str, Any]) -> Iterator[str]:
 def number(value: float | None) -> str:
     """With as many digits as it deserves."""
     if value is None:
-        return "–"
+        return "-"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -70,9 +70,9 @@ def markdown(results: Results) -> str:
     last = rows[max(rows, key=lambda name: rows[name]["date"])]
     runs = len(last["runs"]["broker"])
     text = [
-        f"{last['machine']}, {dates[0][:10]} to {dates[-1][:10]}, revision {last['revision']}; medians of"
-        f" {runs} runs of {last['seconds']:g} s, broker and floor in turn, the generator beside them:"
-        f" `python -m bench --seconds {last['seconds']:g} --runs {runs}`.",
+        f"{last['machine']}, {dates[0][:10]} to {dates[-1][:10]}, revision {last['revision']};"
+        f" medians of {runs} runs of {last['seconds']:g} s, broker and floor in turn, the generator"
+        f" beside them: `python -m bench --seconds {last['seconds']:g} --runs {runs}`.",
         "",
         "| wanted of | figure | wanted | broker | floor | broker/floor | |",
         "|---|---|--:|--:|--:|--:|---|",
@@ -81,8 +81,8 @@ def markdown(results: Results) -> str:
         text += [_wanted_row(row, wanted) for wanted in SCENARIOS[name].wanted]
     text += [
         "",
-        "| scenario | figure | broker | floor | broker/floor | p50, p99 ms | floor's | CPU s per 1 M,"
-        " floor's | cores: generator, gateway, shards |",
+        "| scenario | figure | broker | floor | broker/floor | p50, p99 ms | floor's"
+        " | CPU s per 1 M, floor's | cores: generator, gateway, shards |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     text += [_row(name, row) for name, row in rows.items()]
@@ -108,7 +108,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
 
     def pair(figures: dict[str, float]) -> str:
         if "p50_ms" not in figures:
-            return "–"
+            return "-"
         return f"{number(figures['p50_ms'])}, {number(figures['p99_ms'])}"
 
     cpu = ", ".join(number(side.get("cpu_s_per_million")) for side in (broker, floor))
@@ -117,8 +117,8 @@ def _row(name: str, row: dict[str, Any]) -> str:
     )
     return (
         f"| `{name}`: {row['title']} | {word} | {number(broker[metric])} |"
-        f" {number(floor.get(metric))} | {number(row.get('ratio'))} | {pair(broker)} | {pair(floor)} |"
-        f" {cpu} | {cores} |"
+        f" {number(floor.get(metric))} | {number(row.get('ratio'))} | {pair(broker)} |"
+        f" {pair(floor)} | {cpu} | {cores} |"
     )
 
 

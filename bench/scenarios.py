@@ -77,7 +77,7 @@ def _sets() -> list[Scenario]:
     found = [
         Scenario(
             f"set-{short}",
-            f"set, 8 × 32 in flight, {short}",
+            f"set, 8 x 32 in flight, {short}",
             "calls",
             PIPELINED,
             store,
@@ -99,7 +99,7 @@ def _sets() -> list[Scenario]:
     found += [
         Scenario(
             f"mixed-{short}",
-            f"5 get, 4 set, 1 update, 8 × 32 in flight, {short}",
+            f"5 get, 4 set, 1 update, 8 x 32 in flight, {short}",
             "calls",
             {**PIPELINED, "operation": "mixed"},
             store,
@@ -111,7 +111,7 @@ def _sets() -> list[Scenario]:
     found += [
         Scenario(
             f"set-{STORES[store]}-{shards}-shard{'s' * (shards > 1)}",
-            f"set, 8 × 32 in flight, {STORES[store]}, shards: {shards}",
+            f"set, 8 x 32 in flight, {STORES[store]}, shards: {shards}",
             "calls",
             PIPELINED,
             store,
@@ -124,7 +124,7 @@ def _sets() -> list[Scenario]:
     found.append(
         Scenario(
             "send",
-            "custom events of nobody, 8 × 32 in flight",
+            "custom events of nobody, 8 x 32 in flight",
             "calls",
             {**PIPELINED, "operation": "send"},
         )
@@ -182,7 +182,7 @@ def _fan_out() -> list[Scenario]:
     found += [
         Scenario(
             "seen",
-            "1 → 10, 8 writers × 32 in flight",
+            "1 → 10, 8 writers x 32 in flight",
             "deliveries",
             {"writers": 8, "in-flight": 32, "subscribers": 10, "items": 100},
             wanted=(Wanted("seen_percent", at_least=100),),
@@ -202,7 +202,7 @@ def _fan_out() -> list[Scenario]:
         ),
         Scenario(
             "small-groups",
-            "1,000 groups of 3 clients, 8 × 32 in flight",
+            "1,000 groups of 3 clients, 8 x 32 in flight",
             "deliveries",
             {
                 **PIPELINED,
@@ -216,7 +216,7 @@ def _fan_out() -> list[Scenario]:
     found += [
         Scenario(
             f"streams-{STORES[store]}",
-            f"1,000 streams with a client each, 8 × 32 in flight, {STORES[store]}",
+            f"1,000 streams with a client each, 8 x 32 in flight, {STORES[store]}",
             "deliveries",
             {
                 **PIPELINED,
@@ -227,6 +227,7 @@ def _fan_out() -> list[Scenario]:
                 "sample": 10,
             },
             store,
+            prepare=({**PIPELINED, "streams": 1_000, "groups": 1_000, "items": 1, "calls": 1_000},),
         )
         for store in ("in_memory", "file_based")
     ]
@@ -262,7 +263,7 @@ def _growth() -> list[Scenario]:
         found += [
             Scenario(
                 f"growth-{short}-{STORES[store]}",
-                f"set anywhere in {what}, 8 × 32 in flight, {STORES[store]}",
+                f"set anywhere in {what}, 8 x 32 in flight, {STORES[store]}",
                 "calls",
                 {**load, "shuffled": 1},
                 store,
@@ -293,7 +294,7 @@ def _others() -> list[Scenario]:
         ),
         Scenario(
             "custom-stream",
-            "set on a stream that a worker serves, 8 × 32 in flight",
+            "set on a stream that a worker serves, 8 x 32 in flight",
             "calls",
             {**PIPELINED, "handlers": 1, "serve": "served"},
         ),
