@@ -25,7 +25,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m bench.set_throughput
+	$(BIN)/python -m bench
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -299,6 +299,8 @@ class Socket(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.joined is not None:
             self.joined.subscribers.pop(self, None)
+        if self.floor.trigger is not None and self.floor.trigger[0] is self:
+            self.floor.trigger = None
 
     def send(self, data: bytes) -> None:
         """With what else this turn sends."""

@@ -34,7 +34,8 @@ FLOOR = Side("floor", None)
 
 
 @contextmanager
-def _serving(side: Side, scenario: Scenario) -> Iterator[Running]:
+def serving(side: Side, scenario: Scenario) -> Iterator[Running]:
+    """A server of the kind that `scenario` wants."""
     with ExitStack() as stack:
         store: str = scenario.store
         roles: dict[int, str] = {}
@@ -61,13 +62,23 @@ def measure(side: Side, scenario: Scenario, seconds: float, warm_up_s: float = 1
     Raises:
         generator.LoadFailed, generator.NeedsCompiler
     """
-    with _serving(side, scenario) as target:
-        for load in scenario.prepare:
-            generator.run(target, load)
+    with serving(side, scenario) as target:
+        prepare(target, scenario)
         if scenario.unit == "clients":
             return _idle(target, scenario, seconds)
-        load = {**scenario.load, "seconds": seconds, "warm-up": warm_up_s}
-        return _figures(generator.run(target, load), scenario, target)
+        return run(target, scenario, seconds, warm_up_s)
+
+
+def prepare(target: Running, scenario: Scenario) -> None:
+    """Run the loads that come before the measured one."""
+    for load in scenario.prepare:
+        generator.run(target, load)
+
+
+def run(target: Running, scenario: Scenario, seconds: float, warm_up_s: float) -> Figures:
+    """One run on a server that is prepared; figures and errors as of `measure`."""
+    load = {**scenario.load, "seconds": seconds, "warm-up": warm_up_s}
+    return _figures(generator.run(target, load), scenario, target)
 
 
 def _figures(told: dict[str, Any], scenario: Scenario, target: Running) -> Figures:

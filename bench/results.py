@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.broker import REPOSITORY
+from bench.plot import svg
+from bench.scenarios import SCENARIOS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,9 +32,12 @@ class Results:
             return cls()
 
     def write(self, path: str | Path) -> None:
+        """Write the rows, and beside them a picture of them."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(self.rows, indent=1, sort_keys=True) + "\n")
+        known = {name: self.rows[name] for name in SCENARIOS if name in self.rows}
+        target.with_suffix(".svg").write_text(svg(known))
 
 
 def revision() -> str:
