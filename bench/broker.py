@@ -65,6 +65,8 @@ def running(
             broker.wait(STOP_S_MAX)
         finally:
             broker.kill()
+            if broker.stdout is not None:
+                broker.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -482,6 +482,7 @@ def running(store: str) -> Iterator[Running]:
             floor.wait(STOP_S_MAX)
         finally:
             floor.kill()
+            floor.stdout.close()
 
 
 def main() -> None:

@@ -89,27 +89,24 @@ def _told(code: int, output: str, errors: str) -> dict[str, Any]:
 
 
 @contextmanager
-def paused(target: Running, options: Options) -> Iterator[subprocess.Popen[str]]:
-    """A generator whose connections are all open and joined, until `resume` or the end."""
+def held(target: Running, options: Options) -> Iterator[None]:
+    """Connections that are open and joined, and do nothing until the end.
+
+    Raises:
+        LoadFailed, NeedsCompiler
+    """
     line = command(target, {**options, "pause": 1})
-    generator = subprocess.Popen(
+    with subprocess.Popen(
         line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert generator.stdout is not None
-    try:
+    ) as generator:
+        assert generator.stdout is not None
         if generator.stdout.readline() != "ready\n":
             output, errors = generator.communicate()
-            _told(generator.returncode, output, errors)
-        yield generator
-    finally:
-        if generator.poll() is None:
-            generator.communicate()
-
-
-def resume(generator: subprocess.Popen[str]) -> dict[str, Any]:
-    """Let a paused generator do its run; what it tells."""
-    output, errors = generator.communicate("\n")
-    return _told(generator.returncode, output, errors)
+            _told(generator.returncode or 1, output, errors)
+        try:
+            yield
+        finally:
+            generator.communicate()  # it ends with its standard input
 
 
 if __name__ == "__main__":

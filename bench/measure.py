@@ -110,10 +110,10 @@ def _idle(target: Running, scenario: Scenario, seconds: float) -> Figures:
     """What clients cost in memory and CPU after the first ones came."""
     few: Options = {**scenario.load, "subscribers": WARM_UP_CLIENTS}
     clients = int(scenario.load["subscribers"])
-    with generator.paused(target, few):
+    with generator.held(target, few):
         time.sleep(SETTLE_S)
         before = sum(map(resident_kib, target.roles))
-        with generator.paused(target, scenario.load):
+        with generator.held(target, scenario.load):
             time.sleep(SETTLE_S)
             grew = sum(map(resident_kib, target.roles)) - before
             cpu, started = sum(map(cpu_seconds, target.roles)), time.monotonic()
