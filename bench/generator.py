@@ -95,7 +95,7 @@ def held(target: Running, options: Options) -> Iterator[None]:
     Raises:
         LoadFailed, NeedsCompiler
     """
-    line = command(target, {**options, "pause": 1})
+    line = command(target, {**options, "hold": 1})
     with subprocess.Popen(
         line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as generator:

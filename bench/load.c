@@ -35,20 +35,20 @@
 #define READ_BYTES (256 * 1024)
 #define CONNECTING_MAX 64    /* handshakes at a time: a listener's queue is short */
 #define WATCHED_MAX 256
-#define DRAIN_S 10           /* for what is under way at the end */
 #define NS 1000000000ULL
 #define STAMP_BASE NS * NS   /* so that a stamp has 19 digits, whenever the machine was started */
 
 enum role { WRITER, SUBSCRIBER, JOINER, HANDLER };
-enum phase { CONNECTING, WARMING, MEASURING, DRAINING, DONE };
+enum phase { CONNECTING, HOLDING, WARMING, MEASURING, DRAINING, DONE };
 
 /* ---- options ---- */
 
 static long worker_port, stream_port;
 static long writers = 0, in_flight = 1, subscribers = 0, joiners = 0, handlers = 0;
 static long streams = 1, groups = 1, items = 1000, value_bytes = 128;
-static long window_events = 0, calls_max = 0, shuffled = 0, pause_when_ready = 0, sample = 1;
-static double rate = 0, seconds = 3, warm_up = 1;
+static long window_events = 0, calls_max = 0, shuffled = 0, sample = 1;
+static long hold = 0, time_connecting = 0;
+static double rate = 0, seconds = 3, warm_up = 1, drain = 10;
 static const char *operation = "set", *window_by = "deliveries", *watch = "", *serve = "";
 
 static const struct {
@@ -79,8 +79,10 @@ static const struct {
     {"serve", NULL, NULL, &serve, "handlers serve this stream's storage instead"},
     {"seconds", NULL, &seconds, NULL, "measured"},
     {"warm-up", NULL, &warm_up, NULL, "seconds before"},
+    {"drain", NULL, &drain, NULL, "seconds that what is under way at the end may take"},
     {"watch", NULL, NULL, &watch, "pids, with commas, whose CPU time is told"},
-    {"pause", &pause_when_ready, NULL, NULL, "1: print ready when all are connected, go on at a line"},
+    {"hold", &hold, NULL, NULL, "1: when all are connected print ready; stay till standard input ends"},
+    {"connecting", &time_connecting, NULL, NULL, "1: measure until all are connected, no longer"},
 };
 
 static void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
@@ -173,12 +175,13 @@ static double histogram_ms(const struct histogram *histogram, double quantile)
 /* ---- what is counted in the measured time ---- */
 
 static struct {
-    uint64_t calls, errors, deliveries, joins, invocations, received_bytes;
-    struct histogram call, delivery, join, invocation, lateness;
+    uint64_t calls, errors, deliveries, joins, invocations, connections, received_bytes;
+    struct histogram call, delivery, join, invocation, connection, lateness;
 } counted;
 
 /* What is counted from first to last, to see that nothing was lost. */
 static uint64_t issued, answered, invoked, missed, repeated, resyncs, delivered_total;
+static uint64_t *changes; /* by group: the answered calls that make an event */
 
 static enum phase phase = CONNECTING;
 
@@ -195,8 +198,9 @@ struct connection {
     char *held; /* the beginning of a message that is still to come, its header included */
     size_t held_size;
     uint64_t skip; /* bytes of that message that are not held */
-    uint64_t seq, first_seq, asked_ns;
-    uint64_t *sent_ns; /* of each call under way, by its slot */
+    uint64_t seq, first_seq, opened_ns, asked_ns;
+    uint64_t *sent_ns;  /* of each call under way, by its slot */
+    long *changed_group; /* by the slot; -1: changes none */
     uint32_t *free_slots, free_count;
 };
 
@@ -384,6 +388,7 @@ static void issue(struct connection *writer, uint64_t due)
     if (call->stamp)
         put_digits(call->stamp + 19, STAMP_BASE + due, 19);
     writer->sent_ns[slot] = due;
+    writer->changed_group[slot] = call == &get_call ? -1 : (long)(place % (uint64_t)groups);
     queue(writer, call->frame, call->size);
 }
 
@@ -488,6 +493,10 @@ static void become_ready(struct connection *connection)
     connection->ready = true;
     ready_count++;
     handshakes--;
+    if (time_connecting) {
+        counted.connections++;
+        histogram_add(&counted.connection, now_ns() - connection->opened_ns);
+    }
 }
 
 static void time_stamp(struct histogram *histogram, const char *text, size_t size, size_t *where,
@@ -588,6 +597,8 @@ static void writer_got(struct connection *writer, const char *text, size_t size,
     if (memmem(text, size < 180 ? size : 180, ",\"error\":{", 10)) {
         if (!counted.errors++)
             fprintf(stderr, "load: a call failed: %.*s\n", (int)size, text);
+    } else if (writer->changed_group[slot] >= 0) {
+        changes[writer->changed_group[slot]]++;
     }
     if (phase == MEASURING) {
         counted.calls++;
@@ -790,6 +801,7 @@ static void open_connection(struct connection *connection)
         "GET / HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     queue(connection, request, sizeof request - 1);
+    connection->opened_ns = now_ns();
     handshakes++;
 }
 
@@ -802,6 +814,7 @@ static void add_connections(enum role role, long count)
         connection->group = number % groups;
         if (role == WRITER) {
             connection->sent_ns = allocate((size_t)in_flight, sizeof *connection->sent_ns);
+            connection->changed_group = allocate((size_t)in_flight, sizeof *connection->changed_group);
             connection->free_slots = allocate((size_t)in_flight, sizeof *connection->free_slots);
             for (long slot = in_flight; slot > 0; slot--)
                 connection->free_slots[connection->free_count++] = (uint32_t)(slot - 1);
@@ -852,31 +865,41 @@ static void end_measuring(uint64_t now)
     ended_ns = now;
     cpu_after = own_cpu_s();
     read_watched(watched_after);
-    drain_until = now + DRAIN_S * NS;
+    drain_until = now + (uint64_t)(drain * 1e9);
 }
 
-/* Whether everything came that has to: answers, and with one group its events. */
+/* How many events subscribers did not get, so far, of the changes that were answered. */
+static uint64_t undelivered(void)
+{
+    uint64_t count = 0;
+    for (long k = 0; k < connection_count; k++) {
+        struct connection *client = connections + k;
+        if (client->role == SUBSCRIBER && changes[client->group] > client->seq - client->first_seq)
+            count += changes[client->group] - (client->seq - client->first_seq);
+    }
+    return count;
+}
+
+/* Whether everything came that has to: answers, and the events of what was changed. */
 static bool is_drained(void)
 {
-    if (answered < issued)
-        return false;
-    if (!subscribers || groups > 1 || operation[0] == 'g' || operation[0] == 'm')
-        return true;
-    for (long k = 0; k < connection_count; k++)
-        if (connections[k].role == SUBSCRIBER &&
-            connections[k].seq - connections[k].first_seq < answered)
-            return false;
-    return true;
+    return answered == issued && !undelivered();
 }
 
 static void all_ready(void)
 {
-    if (pause_when_ready) {
-        char line[16];
+    if (hold) {
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = &hold};
+        if (epoll_ctl(poller, EPOLL_CTL_ADD, STDIN_FILENO, &event) < 0)
+            fail("standard input has to be a pipe: %s", strerror(errno));
         puts("ready");
         fflush(stdout);
-        if (!fgets(line, sizeof line, stdin))
-            exit(0);
+        phase = HOLDING;
+        return;
+    }
+    if (time_connecting) {
+        end_measuring(now_ns());
+        return;
     }
     if (window_events && subscribers && window_by[0] == 'd') {
         uint64_t size = 1;
@@ -917,6 +940,7 @@ static void advance(void)
         if (is_drained() || now > drain_until)
             phase = DONE;
         break;
+    case HOLDING:
     case DONE:
         break;
     }
@@ -944,15 +968,18 @@ static void report(void)
     print_count("deliveries", counted.deliveries, took);
     print_count("joins", counted.joins, took);
     print_count("invocations", counted.invocations, took);
+    print_count("connections", counted.connections, took);
     print_percentiles("call", &counted.call);
     print_percentiles("delivery", &counted.delivery);
     print_percentiles("join", &counted.join);
     print_percentiles("invocation", &counted.invocation);
+    print_percentiles("connection", &counted.connection);
     print_percentiles("lateness", &counted.lateness);
     printf(",\"errors\":%" PRIu64 ",\"unanswered\":%" PRIu64 ",\"missed\":%" PRIu64
+           ",\"undelivered\":%" PRIu64
            ",\"repeated\":%" PRIu64 ",\"resyncs\":%" PRIu64 ",\"delivered_total\":%" PRIu64
            ",\"issued_total\":%" PRIu64 ",\"invoked_total\":%" PRIu64 ",\"received_bytes\":%" PRIu64,
-           counted.errors, issued - answered, missed, repeated, resyncs, delivered_total, issued,
+           counted.errors, issued - answered, missed, undelivered(), repeated, resyncs, delivered_total, issued,
            invoked, counted.received_bytes);
     printf(",\"cpu_s\":{");
     for (int k = 0; k < watched; k++)
@@ -976,6 +1003,7 @@ int main(int argument_count, char **arguments)
         fail("epoll: %s", strerror(errno));
     prepare_calls();
     watch_pids();
+    changes = allocate((size_t)groups, sizeof *changes);
     size_t total = (size_t)(writers + subscribers + joiners + handlers);
     connections = allocate(total + 1, sizeof *connections);
     dirty = allocate(total + 1, sizeof *dirty);
@@ -984,6 +1012,10 @@ int main(int argument_count, char **arguments)
     add_connections(SUBSCRIBER, subscribers);
     add_connections(JOINER, joiners);
     static struct epoll_event events[1024];
+    if (time_connecting) {
+        begin_measuring(now_ns());
+        phase = CONNECTING;
+    }
     while (phase != DONE) {
         advance();
         for (long k = 0; k < dirty_count; k++)
@@ -994,6 +1026,8 @@ int main(int argument_count, char **arguments)
             fail("epoll_wait: %s", strerror(errno));
         for (int k = 0; k < count; k++) {
             struct connection *connection = events[k].data.ptr;
+            if (events[k].data.ptr == &hold)
+                return 0;
             if (!connection) {
                 uint64_t times;
                 if (read(timer, &times, sizeof times) < 0 && errno != EAGAIN)

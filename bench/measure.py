@@ -95,8 +95,8 @@ def _figures(told: dict[str, Any], scenario: Scenario, target: Running) -> Figur
         total += used
     if told[unit]:
         figures["cpu_s_per_million"] = total / told[unit] * 1e6
-    if scenario.load.get("subscribers"):
-        lost = told["missed"] + told["repeated"]
+    if scenario.load.get("subscribers") and told["issued_total"]:
+        lost = told["missed"] + told["undelivered"] + told["repeated"]
         figures["seen_percent"] = 100 * (
             told["delivered_total"] / max(1, told["delivered_total"] + lost)
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from bench.generator import Options
 
-Unit = Literal["calls", "deliveries", "joins", "invocations", "clients"]
+Unit = Literal["calls", "deliveries", "joins", "invocations", "connections", "clients"]
 Store = Literal["in_memory", "file_based", "redis"]
 
 
@@ -297,6 +297,12 @@ def _others() -> list[Scenario]:
             "set on a stream that a worker serves, 8 x 32 in flight",
             "calls",
             {**PIPELINED, "handlers": 1, "serve": "served"},
+        ),
+        Scenario(
+            "connect",
+            "2,000 clients connect and join, 64 at a time",
+            "connections",
+            {"subscribers": 2_000, "connecting": 1},
         ),
         Scenario(
             "idle",

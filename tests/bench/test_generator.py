@@ -75,6 +75,27 @@ def test_a_sync_in_between_tells_of_events_that_did_not_come(run: Run) -> None:
     assert (told["resyncs"], told["missed"], told["delivered_total"]) == (1, 3, 2)
 
 
+def test_an_event_that_never_comes_is_missed(run: Run) -> None:
+    """Of three answered sets the subscriber gets two events."""
+    clients: list[ServerConnection] = []
+
+    async def handler(connection: ServerConnection) -> None:
+        count = 0
+        async for text in connection:
+            if json.loads(str(text))["type"] == "join":
+                clients.append(connection)
+                await connection.send(SYNC % 0)
+                continue
+            count += 1
+            await connection.send(answer(str(text)))
+            if count < 3:
+                await clients[0].send(EVENT % (count, STAMP_BASE + 1))
+
+    options: Options = {"writers": 1, "subscribers": 1, "calls": 3, "drain": 0.3}
+    told = run(loaded(handler, options))
+    assert (told["delivered_total"], told["missed"], told["undelivered"]) == (2, 0, 1)
+
+
 def test_calls_are_timed_by_their_id(run: Run) -> None:
     """The first of two calls is answered long after the second, and only then."""
 
