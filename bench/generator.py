@@ -1,4 +1,4 @@
-"""The load generator as a process: `bench/load.c`, built on first use, or `bench/load.py`."""
+"""The load generator as a process: `bench/c`, compiled on first use, or `bench/load.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.broker import REPOSITORY, Running
 
-SOURCE = Path(__file__).with_name("load.c")
+SOURCES = Path(__file__).with_name("c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-Werror")
 Options = Mapping[str, int | float | str]
 """Options of the generator without their dashes; `python -m bench.generator` lists them."""
@@ -46,12 +46,14 @@ def program() -> list[str]:
 
 def build(compiler: str) -> Path:
     """The program, compiled unless that was done for this very source."""
-    mark = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
+    mark = hashlib.sha256(text + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
     built = REPOSITORY / ".cache" / f"bench-load-{mark}"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)
         unfinished = built.with_name(f"{built.name}.{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, "-o", str(unfinished), str(SOURCE)], check=True)
+        files = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+        subprocess.run([compiler, *FLAGS, "-o", str(unfinished), *files], check=True)
         unfinished.rename(built)
     return built
 

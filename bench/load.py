@@ -1,6 +1,6 @@
 """The generator where there is no C compiler: pipelined sets from raw sockets with prepared frames.
 
-`python -m bench.load --worker-port PORT …` takes those options of `bench/load.c` that it can do and
+`python -m bench.load --worker-port PORT …` takes those options of `bench/c` that it can do and
 prints the same JSON; exit code 3 says that it can't do what is asked.
 """
 
