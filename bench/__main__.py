@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from bench import generator, report
+from bench import broker, generator, report
 from bench.measure import BROKER, FLOOR, Figures, Side, main_metric, measure, medians, ratio
 from bench.results import RESULTS, Results, machine, revision
 from bench.scenarios import SCENARIOS, Scenario
@@ -49,7 +49,7 @@ def main() -> int:
         except generator.NeedsCompiler as error:
             print(f"{scenario.name}: skipped: {error}", file=sys.stderr)
             continue
-        except generator.LoadFailed as error:
+        except (generator.LoadFailed, broker.StartFailed) as error:
             print(f"{scenario.name}: FAILED: {error}", file=sys.stderr)
             failed += 1
             continue

@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 STOP_S_MAX = 30
 
 
+class StartFailed(Exception):
+    """The broker ended before it was ready."""
+
+
 class Running(NamedTuple):
     """Where it listens, and its processes but the supervisor: pid to module."""
 
@@ -36,6 +40,9 @@ def running(
     checkout: Path = REPOSITORY,
 ) -> Iterator[Running]:
     """`broker serve` on free ports; stopped, and its folder removed, at the end.
+
+    Raises:
+        StartFailed
 
     Args:
         store: `in_memory`, `file_based`, or `redis:PORT` of a Redis on this machine.
@@ -57,7 +64,8 @@ def running(
     try:
         assert broker.stdout is not None
         ready = broker.stdout.readline()
-        assert ready.startswith(b"ready "), ready
+        if not ready.startswith(b"ready "):
+            raise StartFailed(f"the broker in {checkout} did not start: its error is above")
         yield Running(port, worker_port, _roles(broker.pid))
     finally:
         broker.terminate()

@@ -60,7 +60,7 @@ def measure(side: Side, scenario: Scenario, seconds: float, warm_up_s: float = 1
     the generator; with subscribers `seen_percent`, of the events that they should have got.
 
     Raises:
-        generator.LoadFailed, generator.NeedsCompiler
+        broker.StartFailed, generator.LoadFailed, generator.NeedsCompiler
     """
     with serving(side, scenario) as target:
         prepare(target, scenario)

@@ -86,6 +86,16 @@ def markdown(results: Results) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     text += [_row(name, row) for name, row in rows.items()]
+    rates = [row for name, row in rows.items() if "rate" in SCENARIOS[name].load]
+    if rates:
+        names = {"p50_ms": "p50", "p90_ms": "p90", "p99_ms": "p99", "p999_ms": "p99.9"}
+        names["max_ms"] = "slowest"
+        head = " | ".join(f"{name}, ms" for name in names.values())
+        text += ["", f"| at fixed rates, broker / floor | {head} |", "|---|" + "--:|" * len(names)]
+        for row in rates:
+            sides = [row[side] for side in ("broker", "floor") if side in row]
+            cells = (" / ".join(number(side.get(key)) for side in sides) for key in names)
+            text.append(f"| {row['title']} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from bench.generator import Options
@@ -21,8 +21,8 @@ class Wanted(NamedTuple):
 
     def __str__(self) -> str:
         if self.at_least is not None:
-            return f"≥ {self.at_least:,g}"
-        return f"≤ {self.at_most:,g}"
+            return f"≥ {self.at_least:,.10g}"
+        return f"≤ {self.at_most:,.10g}"
 
     def met(self, value: float) -> bool:
         if self.at_least is not None:
@@ -234,6 +234,23 @@ def _fan_out() -> list[Scenario]:
     return found
 
 
+def _gateways() -> list[Scenario]:
+    """Loads that one gateway is the bottleneck of, with several."""
+    one = {s.name: s for s in (*_sets(), *_fan_out())}
+    return [
+        replace(
+            one[name],
+            name=f"{name}-{gateways}-gateways",
+            title=f"{one[name].title}, gateways: {gateways}",
+            settings={"gateways": gateways},
+            wanted=(),
+            floor=False,
+        )
+        for name in ("set-memory", "fanout-1000", "lone-1000")
+        for gateways in (2, 4)
+    ]
+
+
 def _joins() -> list[Scenario]:
     found = []
     for count, groups in ((10, 100), (100, 100), (1_000, 20), (10_000, 4)):
@@ -320,6 +337,7 @@ SCENARIOS: dict[str, Scenario] = {
         *_sets(),
         *_rates(),
         *_fan_out(),
+        *_gateways(),
         *_joins(),
         *_others(),
         *_growth(),
