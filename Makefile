@@ -25,7 +25,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m bench.set_throughput
+	$(BIN)/python -m bench
 
 power: .venv/.installed-dev
 	$(BIN)/python -m tests.power --cuts $(or $(CUTS),10000) $(and $(SEED),--seed $(SEED))

@@ -1,20 +1,27 @@
-"""A load generator for the worker port: raw sockets and prepared frames, so that it is never the
-bottleneck. Run as a process of its own: `python -m bench.load HOST PORT ...`; prints JSON."""
+"""The generator where there is no C compiler: pipelined sets from raw sockets with prepared frames.
+
+`python -m bench.load --worker-port PORT …` takes those options of `bench/c` that it can do and
+prints the same JSON; exit code 3 says that it can't do what is asked.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
-import os
+import sys
 import time
 import uuid
 from collections import deque
-from typing import cast
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import uvloop
 
+from bench.broker import cpu_seconds
+
 MASK = b"\0\0\0\0"  # masking with zeros leaves the payload as it is
+CALLS_PREPARED = 2000
 
 
 def masked_text_frame(payload: bytes) -> bytes:
@@ -25,12 +32,20 @@ def masked_text_frame(payload: bytes) -> bytes:
     return b"\x81\xfe" + size.to_bytes(2, "big") + MASK + payload
 
 
-def set_call(connection: int, number: int, value: bytes) -> bytes:
-    """A `stream::set`; 1,000 items in 16 groups."""
+def set_call(number: int, options: argparse.Namespace) -> bytes:
+    """A `stream::set` of an item of one of the groups."""
+    value = json.dumps({"x": "x" * (options.value_bytes - 8)}, separators=(",", ":"))
+    data = (
+        b'{"stream_name":"bench-000000","group_id":"group-%08d","item_id":"item-%08d","data":%b}'
+        % (
+            number % options.groups,
+            number // options.groups % options.items,
+            value.encode(),
+        )
+    )
     return masked_text_frame(
-        b'{"type":"invokefunction","invocation_id":"%b","function_id":"stream::set","data":'
-        b'{"stream_name":"bench","group_id":"group-%d","item_id":"item-%d","data":%b}}'
-        % (str(uuid.uuid4()).encode(), (connection * 7 + number) % 16, number % 1000, value)
+        b'{"type":"invokefunction","invocation_id":"%b","function_id":"stream::set","data":%b}'
+        % (str(uuid.uuid4()).encode(), data)
     )
 
 
@@ -51,6 +66,11 @@ class Connection(asyncio.Protocol):
         self.answers = 0
         self.latencies: list[float] = []
         self.stopped = False
+
+    @property
+    def unanswered(self) -> int:
+        """Calls that are under way."""
+        return len(self._sent)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -106,45 +126,72 @@ class Connection(asyncio.Protocol):
         self._transport.write(b"".join(frames))
 
 
-async def run(options: argparse.Namespace) -> dict[str, float]:
+async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Load the broker; what came of it."""
     loop = asyncio.get_running_loop()
-    value = json.dumps({"text": "x" * (options.value_bytes - 11)}).encode()
     connections = []
-    for k in range(options.connections):
-        calls = [set_call(k, n, value) for n in range(2000)]
+    for k in range(options.writers):
+        first = k * CALLS_PREPARED
+        calls = [set_call(n, options) for n in range(first, first + CALLS_PREPARED)]
         _, connection = await loop.create_connection(
-            lambda calls=calls: Connection(calls, options.in_flight), options.host, options.port
+            partial(Connection, calls, options.in_flight),
+            "127.0.0.1",
+            options.worker_port,
         )
         connections.append(connection)
     await asyncio.sleep(options.warm_up)
+    pids = [int(pid) for pid in options.watch.split(",") if pid]
+    before = {pid: cpu_seconds(pid) for pid in pids}
     cpu, started = time.process_time(), time.perf_counter()
-    before = sum(c.answers for c in connections)
+    answers_before = sum(c.answers for c in connections)
     for connection in connections:
         connection.latencies.clear()
     await asyncio.sleep(options.seconds)
     took = time.perf_counter() - started
+    cpu_s = {str(pid): cpu_seconds(pid) - before[pid] for pid in pids}
+    own_cpu_s = time.process_time() - cpu
     latencies = sorted(x for c in connections for x in c.latencies)
-    answers = sum(c.answers for c in connections) - before
+    answers = sum(c.answers for c in connections) - answers_before
+    for connection in connections:
+        connection.stopped = True
+    end = loop.time() + 10
+    while (unanswered := sum(c.unanswered for c in connections)) and loop.time() < end:
+        await asyncio.sleep(0.01)
+    percentiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
     return {
+        "seconds": took,
+        "generator_cpu_s": own_cpu_s,
+        "calls": answers,
         "calls_per_s": answers / took,
-        "p50_ms": latencies[len(latencies) // 2] * 1000,
-        "p99_ms": latencies[len(latencies) * 99 // 100] * 1000,
-        "generator_cpu": (time.process_time() - cpu) / took,
+        **{
+            f"call_{name}_ms": latencies[int(len(latencies) * part)] * 1000
+            for name, part in percentiles.items()
+        },
+        "errors": 0,
+        "unanswered": unanswered,
+        "cpu_s": cpu_s,
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"needs a C compiler: {message}", file=sys.stderr)
+        raise SystemExit(3)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("host")
-    parser.add_argument("port", type=int)
-    parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--warm-up", type=float, default=1)
+    parser = _Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--worker-port", type=int, required=True)
+    parser.add_argument("--stream-port", type=int)
+    parser.add_argument("--writers", type=int, required=True)
+    parser.add_argument("--in-flight", type=int, default=1)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--value-bytes", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--warm-up", type=float, default=1)
+    parser.add_argument("--watch", default="")
     print(json.dumps(uvloop.run(run(parser.parse_args()))), flush=True)
-    os._exit(0)  # calls are under way: nobody waits for them
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import uvloop
 
 from bench.broker import resident_kib, running
 from bench.load import masked_text_frame
-from bench.set_throughput import RESULTS
+from bench.results import RESULTS
 
 UPGRADE = (
     b"GET %b HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
