@@ -424,8 +424,12 @@ class Connection(asyncio.Protocol):
             self._close_timer = self._loop.call_later(timeout_s, self.abort)
 
 
-def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -> Response:
-    """200 with `text`."""
+def plain_response(
+    text: str,
+    content_type: str = "text/plain; charset=utf-8",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> Response:
+    """A whole answer with `text`."""
     body = text.encode()
     headers = Headers(
         {
@@ -436,7 +440,7 @@ def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -
             "Connection": "close",
         }
     )
-    return Response(200, "OK", headers, body)
+    return Response(status.value, status.phrase, headers, body)
 
 
 def _first_offered(_: ServerProtocol, subprotocols: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -89,8 +89,12 @@ class Listener(ABC):
 
     def refuse(self, connection: Connection, status: int, text: str, outcome: str) -> None:
         """Answer a request with an error and count it."""
-        self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
+        self.count_refused(outcome)
         connection.respond_text(status, text)
+
+    def count_refused(self, outcome: str) -> None:
+        """Count a request that was not granted."""
+        self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
 
     def admit(self, connection: Connection, address: str) -> bool:
         """Count a connection that comes from `address`; refuse it when that has too many."""

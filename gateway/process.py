@@ -90,10 +90,11 @@ class Gateway:
             broker_functions=self.broker_functions,
         )
 
-    def not_ready(self) -> str | None:
-        """Why not every shard answers, or None."""
-        missing = [str(link.shard) for link in self.links.links if not link.ready]
-        return f"shard {', '.join(missing)} does not answer" if missing else None
+    def not_ready(self) -> list[str]:
+        """Why not everything works, a sentence each."""
+        return [
+            f"shard {link.shard} does not answer" for link in self.links.links if not link.ready
+        ]
 
     # What the links call.
 
@@ -146,7 +147,7 @@ async def serve(process: Service) -> None:
         metrics_ports.host, metrics_ports.port, "broker.metrics.port"
     )
     gateway = Gateway(settings)
-    metrics = MetricsServer(_metrics(gateway).registry)
+    metrics = MetricsServer(_metrics(gateway).registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
     links = asyncio.create_task(gateway.links.run())
     await _wait_ready(process, gateway)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import assert_never
 
 from websockets.http11 import Request
 
-from broker import logs, messages
+from broker import health, logs, messages
 from broker.config import Limits, StreamAccess
 from broker.errors import BrokerError, InvalidRequest, ShardUnavailable
 from broker.messages import Event, Synced
@@ -75,7 +75,7 @@ class StreamPort(Listener):
         leaves: Leaves,
         links: ShardLinks,
         custom: CustomStreams,
-        not_ready: Callable[[], str | None],
+        not_ready: health.NotReady,
     ) -> None:
         super().__init__(
             "stream",
@@ -121,7 +121,7 @@ class StreamPort(Listener):
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
             return
         if (response := connection.check_handshake(request)) is not None:
-            self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
+            self.count_refused("bad_request")
             connection.respond(response)
             return
         address = self._proxies.client_address(request.headers, connection.remote_address)
@@ -167,12 +167,11 @@ class StreamPort(Listener):
         elif path == "/client.js":
             text = _CLIENT_FILE.read_text(encoding="utf-8")  # small, and the system caches it
             connection.respond(plain_response(text, "text/javascript; charset=utf-8"))
-        elif path == "/readyz" and (reason := self._not_ready()) is not None:
-            self.refuse(
-                connection, HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {reason}\n", "not_ready"
-            )
         else:
-            connection.respond(plain_response("ok\n"))
+            status, body = health.answer(path, self._not_ready)
+            if status is not HTTPStatus.OK:
+                self.count_refused("not_ready")
+            connection.respond(plain_response(body.decode(), health.CONTENT_TYPE, status))
 
     # What shards say.
 
@@ -626,4 +625,4 @@ class Client:
 
 
 _NOT_NOW = (Outcome.UNAVAILABLE, Outcome.OVERLOADED)
-_PAGES = ("/", "/client.js", "/healthz", "/readyz")
+_PAGES = ("/", "/client.js", *health.PATHS)

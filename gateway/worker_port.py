@@ -94,7 +94,7 @@ class WorkerPort(Listener):
             text = "send the worker token as Authorization: Bearer\n"
             self.refuse(connection, HTTPStatus.UNAUTHORIZED, text, "unauthorized")
         elif (response := connection.check_handshake(request)) is not None:
-            self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
+            self.count_refused("bad_request")
             connection.respond(response)
         elif not self.admit(connection, connection.remote_address):
             pass

@@ -74,7 +74,7 @@ async def serve(process: Service) -> None:
         ),
         sock=listener,
     )
-    metrics = MetricsServer(_metrics(index, requests, storage).registry)
+    metrics = MetricsServer(_metrics(index, requests, storage).registry, requests.not_ready)
     host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))

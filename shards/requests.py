@@ -69,6 +69,12 @@ class Requests:
         """The links that are made."""
         return list(self._links)
 
+    def not_ready(self) -> list[str]:
+        """Why not every call can be taken, a sentence each."""
+        if self.committer.waiting < WAITING_MAX:
+            return []
+        return [f"{WAITING_MAX} operations wait, further ones are refused"]
+
     def link_made(self, link: GatewayLink) -> None:
         self._links[link] = set()
 
