@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 """Of the messages below; both ends refuse a peer that speaks another one."""
 
 
@@ -182,6 +182,25 @@ class AddLeaveTrigger(Message, tag=19):
     group_id: str | None
 
 
+class AskStatus(Message, tag=30):
+    """How the shard is; answered with the JSON text of a `broker.report.ShardReport`."""
+
+    call_id: int
+
+
+class AskTop(Message, tag=31):
+    """What is used most, up to `limit` of each kind; answered with a `broker.report.ShardTop`."""
+
+    call_id: int
+    limit: int
+
+
+class GatewayTells(Message, tag=32):
+    """How the gateway is: the JSON text of a `broker.report.GatewayReport`, now and again."""
+
+    report: bytes
+
+
 class ReadHistory(GroupCall, tag=26):
     """The events after `since` that are kept, at most `limit`; None: from the oldest.
 
@@ -286,5 +305,8 @@ ToShard = (
     | EndLease
     | AddLeaveTrigger
     | ReadHistory
+    | AskStatus
+    | AskTop
+    | GatewayTells
 )
 ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left

@@ -92,7 +92,7 @@ class Metrics(Collector):
         self.registry.register(self)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        lag = LoopLag(asyncio.get_running_loop())
+        self.lag = lag = LoopLag(asyncio.get_running_loop())
         self.gauge(
             "loop_lag_seconds", "The most that the event loop was late lately.", lambda: lag.seconds
         )

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ from broker.errors import ConfigError
 from broker.notify import Notifier
 
 CONFIG_EXIT_CODE = 2
+RESTARTS = "BROKER_RESTARTS"
+"""Variable by which the supervisor tells a process how often it was started again."""
 BACKLOG = 4096
 _GC_THRESHOLD = 50_000
 _READ_BYTES = 65536
@@ -60,6 +62,11 @@ class Reloaded(msgspec.Struct, frozen=True):
     refused: str = ""
 
 
+def _restarts_of(environ: MutableMapping[str, str]) -> int:
+    text = environ.pop(RESTARTS, "")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
 Serve = Callable[["Service"], Coroutine[Any, Any, None]]
 _Value = TypeVar("_Value")
 
@@ -71,11 +78,15 @@ class Service:
         path: of the configuration file; None for a process that is supervised.
     """
 
-    def __init__(self, settings: Config, index: int, path: str | None, notifier: Notifier) -> None:
+    def __init__(
+        self, name: str, settings: Config, index: int, path: str | None, notifier: Notifier
+    ) -> None:
+        self.name = name
         self.config = settings
         self.index = index
         self.stopping = asyncio.Event()
         self.exit_code = 0
+        self.restarts = _restarts_of(os.environ)
         self.on_reload: Callable[[Config], None] | None = None
         """Makes the process's parts use a configuration that `reloaded` made. Raises ConfigError
         when it can't be used; then everything is as it was."""
@@ -231,9 +242,8 @@ def run(name: str, arguments: argparse.Namespace, index: int, serve: Serve) -> i
             settings = config.from_json(lines.first())
         else:
             settings, _ = config.load(arguments.config, config.Overrides(), os.environ)
-        return uvloop.run(
-            _main(Service(settings, index, arguments.config, notifier), notifier, lines, serve)
-        )
+        process = Service(name, settings, index, arguments.config, notifier)
+        return uvloop.run(_main(process, notifier, lines, serve))
     except ConfigError as error:
         print(f"broker: {error}", file=sys.stderr)
         return CONFIG_EXIT_CODE

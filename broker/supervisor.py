@@ -21,6 +21,7 @@ from broker.errors import ConfigError
 from broker.notify import Notifier
 from broker.service import (
     CONFIG_EXIT_CODE,
+    RESTARTS,
     Ready,
     Reloaded,
     reloaded,
@@ -47,6 +48,7 @@ class _Child:
         self._settings = settings
         self.process: asyncio.subprocess.Process | None = None
         self._serves = False
+        self._restarts = 0
         self._watchdog = Watchdog(settings.limits.hang_timeout_s)
 
     async def start(self) -> Ready | None:
@@ -57,7 +59,7 @@ class _Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
-            env={**os.environ, **self._watchdog.environment()},
+            env={**os.environ, **self._watchdog.environment(), RESTARTS: str(self._restarts)},
         )
         self.process = process
         assert process.stdin is not None
@@ -103,6 +105,7 @@ class _Child:
             delay_s = min(RESTART_FIRST_S * 2 ** (deaths - 1), RESTART_MAX_S)
             _log.warning("process_died", process=self.name, exit_code=code, restart_in_s=delay_s)
             await asyncio.sleep(delay_s)
+            self._restarts += 1
             started = loop.time()
             try:
                 if await self.start() is not None:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from broker.config import Config
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import SECONDS, Histogram, Metrics, by_label
+from broker.report import GatewayReport, LinkReport
 from broker.service import Ready, Service
+from broker.vitals import Vitals
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
 from gateway.connection import PAUSED_BY_STOP
 from gateway.custom_streams import CustomStreams
 from gateway.functions import Functions
 from gateway.hub import Hub
+from gateway.introspection import Introspection
 from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
 from gateway.shard_links import ShardLinks
@@ -78,6 +82,7 @@ class Gateway:
             custom=self.custom,
             not_ready=self.not_ready,
         )
+        self.gateway_id = gateway_id
         self.broker_functions = BrokerFunctions(self.stream_port, gateway_id)
         self.worker_port = WorkerPort(
             limits,
@@ -147,7 +152,9 @@ async def serve(process: Service) -> None:
         metrics_ports.host, metrics_ports.port, "broker.metrics.port"
     )
     gateway = Gateway(settings)
-    metrics = MetricsServer(_metrics(gateway).registry, gateway.not_ready)
+    registry = _metrics(gateway)
+    introspection = _introspection(process, gateway, registry)
+    metrics = MetricsServer(registry.registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
     links = asyncio.create_task(gateway.links.run())
     await _wait_ready(process, gateway)
@@ -155,6 +162,7 @@ async def serve(process: Service) -> None:
     await gateway.worker_port.start(worker_socket, worker_tls)
     await gateway.stream_port.start(stream_socket, stream_tls)
     watchers = [asyncio.create_task(port.watch()) for port in ports]
+    watchers.append(asyncio.create_task(introspection.tell_shards()))
 
     def reload(settings: Config) -> None:
         access = settings.stream_access
@@ -227,6 +235,48 @@ def _port_of(listener: socket.socket) -> int:
 
 def _url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{service.url_host(host)}:{port}"
+
+
+def _introspection(process: Service, gateway: Gateway, registry: Metrics) -> Introspection:
+    """What answers `broker::status` and `broker::top`."""
+    hub = gateway.hub
+    totals: dict[str, Callable[[], float]] = {
+        "calls": lambda: sum(gateway.stream_calls.calls_total.values()),
+        "events": lambda: hub.events_total,
+        "deliveries": lambda: hub.deliveries_total,
+        "invocations": lambda: gateway.invocations.invocations_total,
+        "connections": lambda: gateway.stream_port.connections_total,
+    }
+    vitals = Vitals(process.name, process.restarts, registry.lag, totals, hub.hot.rotate)
+
+    def report() -> GatewayReport:
+        return GatewayReport(
+            vitals.report(),
+            gateway.gateway_id,
+            clients=len(gateway.stream_port.clients),
+            workers=len(gateway.worker_port.workers),
+            subscriptions=hub.subscriptions,
+            groups=len(hub),
+            functions=len(gateway.functions),
+            invocations_pending=len(gateway.invocations),
+            links=[
+                LinkReport(
+                    link.shard, link.ready, link.in_flight, link.queue_bytes, link.links_total
+                )
+                for link in gateway.links.links
+            ],
+        )
+
+    introspection = Introspection(
+        gateway.gateway_id,
+        gateway.links,
+        hub,
+        report=report,
+        deliveries=hub.hot,
+        not_ready=gateway.not_ready,
+    )
+    gateway.broker_functions.extend(introspection.functions)
+    return introspection
 
 
 def _metrics(gateway: Gateway) -> Metrics:

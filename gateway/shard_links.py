@@ -78,6 +78,10 @@ class ShardLinks:
         """The link to the shard that owns `group`."""
         return self.links[shard_of(group, len(self.links))]
 
+    def shard_of(self, group: tuple[str, str]) -> int:
+        """The number of the shard that owns `group`."""
+        return shard_of(Group(*group), len(self.links))
+
     @property
     def ready(self) -> bool:
         """Whether every shard is linked."""

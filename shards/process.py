@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from broker.http import MetricsServer
 from broker.link import Link
 from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
+from broker.report import StoreReport
 from broker.service import Ready, Service
+from broker.vitals import Vitals
 from shards import manifest
 from shards.group import Change
 from shards.history import HistoryLimits
+from shards.introspection import Introspection
 from shards.leases import Leases
 from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
@@ -63,6 +67,10 @@ async def serve(process: Service) -> None:
     await storage.open()
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
+    registry = _metrics(index, requests, storage)
+    rotate = requests.committer.hot.rotate
+    vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
+    Introspection(index, requests, vitals, StoreReport)
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(
@@ -74,7 +82,7 @@ async def serve(process: Service) -> None:
         ),
         sock=listener,
     )
-    metrics = MetricsServer(_metrics(index, requests, storage).registry, requests.not_ready)
+    metrics = MetricsServer(registry.registry, requests.not_ready)
     host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
@@ -134,6 +142,18 @@ async def _drain(requests: Requests, timeout_s: float) -> None:
                 await asyncio.sleep(0.01)
     except TimeoutError:
         _log.warning("drain_timed_out", waiting=requests.committer.waiting)
+
+
+def _totals(requests: Requests) -> dict[str, Callable[[], float]]:
+    """What is told of as rates."""
+    return {
+        "calls": lambda: sum(requests.calls_total.values()),
+        "operations": lambda: requests.committer.operations_total,
+        "batches": lambda: requests.committer.batches_total,
+        "events": lambda: requests.events_total,
+        "triggers": lambda: requests.triggers_fired_total,
+        "failures": lambda: sum(requests.failures_total.values()),
+    }
 
 
 def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import msgspec
 
@@ -44,6 +44,16 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
 GatewayLink = Link[ToShard]
 
 
+class Reporter(Protocol):
+    """What tells of the shard, and hears how gateways are."""
+
+    def status(self) -> bytes: ...
+
+    def top(self, limit: int) -> bytes: ...
+
+    def told(self, link: GatewayLink, payload: bytes) -> None: ...
+
+
 class Requests:
     """The shard's side of all links: takes messages, answers, and tells who is interested."""
 
@@ -59,6 +69,7 @@ class Requests:
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
         self._tasks = Tasks()
+        self.reporter: Reporter | None = None
         self.events_total = 0
         self.triggers_fired_total = 0
         self.failures_total: dict[str, int] = {}
@@ -144,6 +155,8 @@ class Requests:
                     link.send(left)
             case messages.Heartbeat():
                 link.send(message)
+            case messages.AskStatus() | messages.AskTop() | messages.GatewayTells():
+                self._report(link, message)
             case messages.Hello():
                 if message.version != messages.VERSION:
                     link.cut(f"the gateway speaks version {message.version} of the link")
@@ -273,6 +286,20 @@ class Requests:
             if outcome.errors:
                 result["errors"] = outcome.errors
             link.send(Reply(call.call_id, msgspec.json.encode(result)))
+
+    def _report(
+        self, link: GatewayLink, asked: messages.AskStatus | messages.AskTop | messages.GatewayTells
+    ) -> None:
+        assert self.reporter is not None, "set before the shard listens"
+        match asked:
+            case messages.AskStatus():
+                link.send(Reply(asked.call_id, self.reporter.status()))
+            case messages.AskTop():
+                link.send(Reply(asked.call_id, self.reporter.top(asked.limit)))
+            case messages.GatewayTells():
+                self.reporter.told(link, asked.report)
+            case _:
+                assert_never(asked)
 
     def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
         self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1
