@@ -189,8 +189,9 @@ def _limit(argument: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    logs.configure("supervisor", options.log_format, options.log_level)
     overrides = Overrides(
+        log_level=options.log_level,
+        log_format=options.log_format,
         shards=options.shards,
         data_dir=options.data_dir,
         host=options.host,
@@ -200,12 +201,13 @@ def _serve(options: argparse.Namespace) -> int:
         metrics_port=options.metrics_port,
     )
     settings = _load(options.config, overrides)
+    logs.configure(supervisor.NAME, settings.log_format, settings.log_level)
 
     def load() -> Config:
         return _load(options.config, overrides)
 
     again = None if options.config is None else load
-    return uvloop.run(supervisor.serve(settings, _log_options(options), again))
+    return uvloop.run(supervisor.serve(settings, again))
 
 
 def _load(path: str | None, overrides: Overrides) -> Config:
@@ -233,7 +235,8 @@ def _on_folder(module: str, options: argparse.Namespace, more: list[str], *first
 
 
 def _log_options(options: argparse.Namespace) -> list[str]:
-    return ["--log-format", options.log_format, "--log-level", options.log_level]
+    given = (("--log-format", options.log_format), ("--log-level", options.log_level))
+    return [word for flag, value in given if value is not None for word in (flag, value)]
 
 
 # Completion: scripts that know every command, its options and the words that these take.

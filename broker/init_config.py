@@ -41,6 +41,9 @@ _BROKER = """\
 broker:
   # Shard processes; one per core, at least 2, unless said here. Fixed once data is written.
   #shards: 2
+  # debug, info, warning or error; taken over on SIGHUP. The format is text or json.
+  #log_level: info
+  #log_format: text
   # Folder of Unix sockets and locks; its path may be about 90 bytes long.
   run_dir: ./data/run
 """

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 REPEATS_MAX, WINDOW_S = 100, 10.0
 
@@ -21,7 +22,7 @@ _FIELDS = "broker_fields"
 _TEXT_MAX = 500  # characters of a value that a line shows
 
 
-def configure(process: str, log_format: LogFormat, level: str) -> None:
+def configure(process: str, log_format: LogFormat, level: LogLevel) -> None:
     """Send the logs of this process, called `process` in them, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(process, log_format))

@@ -1,7 +1,7 @@
 """`broker serve`: starts shards and gateway, restarts what dies, stops them in order.
 
-On SIGHUP it reads the configuration file again and hands it to the gateway, which is all that has
-anything to reload.
+On SIGHUP it reads the configuration file again and hands it to the gateway, which may refuse it,
+and then to the shards, which have the log's level to take over.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ STABLE_S = 30.0
 KILL_AFTER_S = 5.0
 """Beyond the configured stop timeout, after which a process that does not end is killed."""
 
-_log = logs.Log("supervisor")
+NAME = "supervisor"
+"""In its log lines."""
+
+_log = logs.Log(NAME)
 
 
 class _Child:
@@ -90,6 +93,14 @@ class _Child:
         if refused:
             raise ConfigError("", refused)
         self._settings = settings
+
+    async def take_over(self, settings: Config) -> None:
+        """`reload` for a process that need not have them now: when it is started again will do."""
+        try:
+            await self.reload(settings)
+        except ConfigError as error:
+            self._settings = settings
+            _log.info("config_waits_for_restart", process=self.name, reason=error)
 
     async def keep(self) -> None:
         """Start the process again whenever it ends or hangs, until it is given up."""
@@ -157,7 +168,7 @@ async def _hand_over(pipe: asyncio.StreamWriter, settings: Config) -> None:
 Load = Callable[[], Config]
 
 
-async def serve(settings: Config, log_options: Sequence[str], load: Load | None = None) -> int:
+async def serve(settings: Config, load: Load | None = None) -> int:
     """Run a whole broker until SIGTERM or SIGINT; returns the exit code.
 
     On SIGHUP `load` is asked for the settings anew; it may raise ConfigError. Without it, and on a
@@ -172,10 +183,10 @@ async def serve(settings: Config, log_options: Sequence[str], load: Load | None 
     loop.add_signal_handler(signal.SIGHUP, hung_up.set if reloads else stopping.set)
     notifier.watch(loop)
     shards = [
-        _Child(f"shard-{k}", ["-m", "shards", "--index", str(k), *log_options], settings)
+        _Child(f"shard-{k}", ["-m", "shards", "--index", str(k)], settings)
         for k in range(settings.shards)
     ]
-    gateway = _Child("gateway", ["-m", "gateway", *log_options], settings)
+    gateway = _Child("gateway", ["-m", "gateway"], settings)
     children = [*shards, gateway]
     stopped = asyncio.create_task(stopping.wait())
     try:
@@ -193,7 +204,7 @@ async def serve(settings: Config, log_options: Sequence[str], load: Load | None 
         gateway_keeper = keepers[-1]
         if load is not None:
             reloading = _reload_when(
-                hung_up, load, settings, gateway, notifier=notifier, status=status
+                hung_up, load, settings, gateway, shards=shards, notifier=notifier, status=status
             )
             keepers.append(asyncio.create_task(reloading))
         await _until_over(stopped, gateway_keeper, keepers)
@@ -231,6 +242,7 @@ async def _reload_when(
     settings: Config,
     gateway: _Child,
     *,
+    shards: Sequence[_Child],
     notifier: Notifier,
     status: str,
 ) -> None:
@@ -246,6 +258,8 @@ async def _reload_when(
             _log.error("config_not_reloaded", reason=error)
         else:
             settings = used
+            await asyncio.gather(*(shard.take_over(used) for shard in shards))
+            logs.configure(NAME, used.log_format, used.log_level)
             tell_reloaded(left)
         notifier.ready(status)
 

@@ -71,7 +71,7 @@ class Invocations:
         self, functions: Functions[Executor], in_flight_max: int, patience_s: float
     ) -> None:
         self._functions = functions
-        self._in_flight_max = in_flight_max
+        self.in_flight_max = in_flight_max
         self._patience_s = patience_s
         self._pending: dict[str, Invocation] = {}
         self._by_executor: dict[Executor, dict[str, None]] = {}
@@ -121,13 +121,13 @@ class Invocations:
             _ended(answered, not_found(function_id, namespace))
             return None
         made = self._by_caller.get(caller, ()) if caller is not None else ()
-        if len(made) >= self._in_flight_max:
+        if len(made) >= self.in_flight_max:
             self.overloaded_total += 1
             _ended(
                 answered,
                 LimitExceeded(
                     "too_many_calls",
-                    f"{self._in_flight_max} calls of this connection wait for an answer",
+                    f"{self.in_flight_max} calls of this connection wait for an answer",
                     retryable=True,
                 ),
             )

@@ -95,6 +95,20 @@ class Gateway:
             broker_functions=self.broker_functions,
         )
 
+    def use(self, settings: Config) -> None:
+        """Take over what `broker.service.reloaded` lets a running broker take over."""
+        limits = settings.limits
+        self.auth.function_id = settings.stream.auth_function
+        self.auth.limits = limits
+        self.triggers.timeout_s = limits.trigger_timeout_s
+        self.invocations.in_flight_max = limits.worker_calls_in_flight_max
+        self.stream_port.use_access(settings.stream_access)
+        self.worker_port.allowed_origins = settings.worker.allowed_origins
+        if settings.worker.token is not None:
+            self.worker_port.token = settings.worker.token
+        for port in (self.stream_port, self.worker_port):
+            port.limits = limits
+
     def not_ready(self) -> list[str]:
         """Why not everything works, a sentence each."""
         return [
@@ -172,9 +186,7 @@ async def serve(process: Service) -> None:
                 (worker_tls, settings.worker.tls, "broker.worker.tls"),
             ]
         )
-        gateway.auth.function_id = settings.stream.auth_function
-        for port in ports:
-            port.limits = settings.limits
+        gateway.use(settings)
 
     process.on_reload = reload
     if not process.stopping.is_set():

@@ -91,8 +91,7 @@ class StreamPort(Listener):
         self.links = links
         self.custom = custom
         self._not_ready = not_ready
-        self._allowed_origins = access.allowed_origins
-        self._proxies = Proxies(access.trusted_proxies)
+        self.use_access(access)
         self.tasks = Tasks()
         self.clients: dict[int, Client] = {}
         """By number, in the order in which they came."""
@@ -104,6 +103,11 @@ class StreamPort(Listener):
         self.resumed_total = 0
         self.conflated_total = 0
         self.frames_dropped_total = 0
+
+    def use_access(self, access: StreamAccess) -> None:
+        """Let in, from now on, by these origins and proxies."""
+        self._allowed_origins = access.allowed_origins
+        self._proxies = Proxies(access.trusted_proxies)
 
     # Requests.
 

@@ -120,7 +120,7 @@ class Triggers:
     ) -> None:
         self._invocations = invocations
         self._tell_shards = tell_shards
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._triggers: dict[str, Trigger] = {}
         self._by_type: dict[str, dict[str, Trigger]] = {}
         self._types: dict[str, TriggerType] = {}
@@ -308,7 +308,7 @@ class Triggers:
         return await self._invocations.call(
             function_id,
             data,
-            self._timeout_s,
+            self.timeout_s,
             namespace=namespace,
             metadata=metadata,
             resend=True,
@@ -331,7 +331,7 @@ class Triggers:
     def _ask_condition(self, trigger: Trigger, condition: str, key: tuple[str, str, str]) -> None:
         """Ask about the first event that waits; the others wait for its answer, to keep order."""
         self._invocations.call_within(
-            self._timeout_s,
+            self.timeout_s,
             condition,
             self._waiting[key][0],
             partial(self._condition_answered, trigger, condition, key),

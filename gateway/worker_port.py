@@ -68,8 +68,8 @@ class WorkerPort(Listener):
             limits.worker_send_queue_bytes_max,
             CloseCode.POLICY_VIOLATION,
         )
-        self._allowed_origins = allowed_origins
-        self._token = token
+        self.allowed_origins = allowed_origins
+        self.token = token
         self.functions = functions
         self.invocations = invocations
         self.triggers = triggers
@@ -86,10 +86,10 @@ class WorkerPort(Listener):
         path = request.path.partition("?")[0]
         if path not in ("/", "/otel"):
             self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
-        elif not origin_allowed(request.headers, self._allowed_origins):
+        elif not origin_allowed(request.headers, self.allowed_origins):
             # Any web page can reach its visitor's loopback.
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
-        elif path == "/" and self._token and not token_given(request.headers, self._token):
+        elif path == "/" and self.token and not token_given(request.headers, self.token):
             # Not for telemetry: there is nothing to be had, and not every SDK sends it there.
             text = "send the worker token as Authorization: Bearer\n"
             self.refuse(connection, HTTPStatus.UNAUTHORIZED, text, "unauthorized")
