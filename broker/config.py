@@ -210,6 +210,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder of the Unix sockets."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
+    tracing: bool = False
+    """Whether spans are made for OpenTelemetry, which the extra `otel` installs."""
     limits: Limits = msgspec.field(default_factory=Limits)
 
 
@@ -268,7 +270,13 @@ def load(
     entries = _entries(values, warnings)
     stream, adapter = _stream(*entries.get("stream", ("", {})), warnings)
     broker = mapping(values, "broker", "")
-    plain = {"shards": Shards, "run_dir": Text, "log_level": LogLevel, "log_format": LogFormat}
+    plain = {
+        "shards": Shards,
+        "run_dir": Text,
+        "log_level": LogLevel,
+        "log_format": LogFormat,
+        "tracing": bool,
+    }
     check_keys(broker, (*plain, "stream", "worker", "metrics", "limits"), "broker")
     worker = _worker_manager(*entries.get("worker", ("", {})), warnings)
     for key, value in _part(WorkerPort, broker, "worker").items():
@@ -328,6 +336,7 @@ def to_yaml(config: Config) -> str:
             "run_dir": config.run_dir,
             "log_level": config.log_level,
             "log_format": config.log_format,
+            "tracing": config.tracing,
             "stream": msgspec.to_builtins(config.stream_access),
             "worker": msgspec.to_builtins(config.worker),
             "metrics": structs.asdict(config.metrics),

@@ -44,6 +44,8 @@ broker:
   # debug, info, warning or error; taken over on SIGHUP. The format is text or json.
   #log_level: info
   #log_format: text
+  # Spans for OpenTelemetry, sent where the OTEL_* variables say; needs the extra `otel`.
+  #tracing: false
   # Folder of Unix sockets and locks; its path may be about 90 bytes long.
   run_dir: ./data/run
 """

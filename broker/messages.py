@@ -16,6 +16,19 @@ class Message(msgspec.Struct, array_like=True, gc=False):
     """Base of all messages: encoded as an array that begins with the tag."""
 
 
+class Trace(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Where a call stands in a trace, as its caller gave it (W3C Trace Context, and Baggage)."""
+
+    traceparent: str | None
+    baggage: str | None = None
+
+
+class Traced(Message, kw_only=True):
+    """A message that may be part of a trace; costs a byte when it is not."""
+
+    trace: Trace | None = None
+
+
 # Gateway to shard.
 
 
@@ -32,7 +45,7 @@ class Heartbeat(Message, tag=1):
     number: int
 
 
-class GroupCall(Message):
+class GroupCall(Traced):
     """A call on one group; answered by `Reply`, `Synced` or `Failure` with the same `call_id`."""
 
     call_id: int
@@ -257,7 +270,7 @@ class Synced(Message, tag=23):
         return self.missed is not None
 
 
-class Event(Message, tag=24):
+class Event(Traced, tag=24):
     """A committed change or a custom event, encoded for subscribers and triggers alike.
 
     `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of

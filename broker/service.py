@@ -23,10 +23,11 @@ import msgspec
 import uvloop
 from msgspec import structs
 
-from broker import config, logs
+from broker import config, logs, tracing
 from broker.config import Config, Overrides
 from broker.errors import ConfigError
 from broker.notify import Notifier
+from broker.tracing import Tracing
 
 CONFIG_EXIT_CODE = 2
 RESTARTS = "BROKER_RESTARTS"
@@ -94,8 +95,10 @@ class Service:
         *,
         overrides: Overrides,
         notifier: Notifier,
+        tracing: Tracing | None,
     ) -> None:
         self.name = name
+        self.tracing = tracing
         self._overrides = overrides
         self.config = settings
         self.index = index
@@ -224,6 +227,8 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
         left.append("broker.shards")
     if used.run_dir != new.run_dir:
         left.append("broker.run_dir")
+    if used.tracing != new.tracing:
+        left.append("broker.tracing")
     return used, left
 
 
@@ -268,10 +273,21 @@ def run(name: str, arguments: argparse.Namespace, index: int, serve: Serve) -> i
         else:
             settings, _ = config.load(arguments.config, overrides, os.environ)
         logs.configure(name, settings.log_format, settings.log_level)
+        spans = tracing.start(settings.tracing, name, os.environ)
         process = Service(
-            name, settings, index, arguments.config, overrides=overrides, notifier=notifier
+            name,
+            settings,
+            index,
+            arguments.config,
+            overrides=overrides,
+            notifier=notifier,
+            tracing=spans,
         )
-        return uvloop.run(_main(process, notifier, lines, serve))
+        try:
+            return uvloop.run(_main(process, notifier, lines, serve))
+        finally:
+            if spans is not None:
+                spans.close()
     except ConfigError as error:
         print(f"broker: {error}", file=sys.stderr)
         return CONFIG_EXIT_CODE

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from broker.errors import BrokerError, LimitExceeded
+from broker.messages import Trace
 from gateway.functions import Functions
 from gateway.worker_protocol import InvocationResult, error_text, invoke_function, present
 
@@ -102,8 +103,7 @@ class Invocations:
         *,
         namespace: str = "default",
         caller: object = None,
-        traceparent: str | None = None,
-        baggage: str | None = None,
+        trace: Trace | None = None,
         metadata: bytes | None = None,
         resend: bool = False,
         patient: bool = True,
@@ -138,8 +138,8 @@ class Invocations:
             invocation_id,
             function_id,
             data,
-            traceparent=traceparent,
-            baggage=baggage,
+            traceparent=None if trace is None else trace.traceparent,
+            baggage=None if trace is None else trace.baggage,
             metadata=metadata,
         )
         if not executor.send_call(payload):
@@ -177,6 +177,7 @@ class Invocations:
         namespace: str = "default",
         metadata: bytes | None = None,
         resend: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         """`invoke` for the broker itself, with a limit on the wait for the answer."""
         loop = asyncio.get_running_loop()
@@ -188,7 +189,13 @@ class Invocations:
             answered(result)
 
         invocation_id = self.invoke(
-            function_id, data, ended, namespace=namespace, metadata=metadata, resend=resend
+            function_id,
+            data,
+            ended,
+            namespace=namespace,
+            trace=trace,
+            metadata=metadata,
+            resend=resend,
         )
         if invocation_id is not None:
             late = _late(function_id, timeout_s)
@@ -203,6 +210,7 @@ class Invocations:
         namespace: str = "default",
         metadata: bytes | None = None,
         resend: bool = False,
+        trace: Trace | None = None,
     ) -> Result:
         """`call_within`, awaited."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -219,6 +227,7 @@ class Invocations:
             namespace=namespace,
             metadata=metadata,
             resend=resend,
+            trace=trace,
         )
         return await future
 

@@ -18,6 +18,7 @@ from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import SECONDS, Histogram, Metrics, by_label
 from broker.report import GatewayReport, LinkReport
 from broker.service import Ready, Service
+from broker.tracing import Kind, Span, Tracing
 from broker.vitals import Vitals
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
@@ -69,6 +70,8 @@ class Gateway:
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
         self.fanout = Histogram(SECONDS)
+        self.tracing: Tracing | None = None
+        self._fanouts: list[Span] = []  # of the events of this piece
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
         self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
         self.stream_port = StreamPort(
@@ -124,7 +127,21 @@ class Gateway:
             link.tell(message)
         self.stream_port.shard_linked(shard)
 
+    def use_tracing(self, tracing: Tracing | None) -> None:
+        """Make spans, or none."""
+        self.tracing = self.stream_calls.tracing = self.triggers.tracing = tracing
+
     def event_received(self, shard: int, event: Event) -> None:
+        if self.tracing is not None and event.subscribed and event.trace is not None:
+            self._fanouts.append(
+                self.tracing.start(
+                    "fan-out",
+                    Kind.PRODUCER,
+                    event.trace,
+                    stream=event.stream,
+                    subscriptions=self.hub.count((event.stream, event.group_id)),
+                )
+            )
         self.stream_port.event_received(shard, event)
         if event.triggers:
             self.triggers.fire_stream(event)
@@ -137,6 +154,10 @@ class Gateway:
             began_at = time.perf_counter()
             self.hub.flush()
             self.fanout.observe(time.perf_counter() - began_at)
+        if self._fanouts:
+            for span in self._fanouts:
+                span.end()
+            self._fanouts.clear()
 
     def _tell_shards(self, message: Message) -> None:
         if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
@@ -166,6 +187,7 @@ async def serve(process: Service) -> None:
         metrics_ports.host, metrics_ports.port, "broker.metrics.port"
     )
     gateway = Gateway(settings)
+    gateway.use_tracing(process.tracing)
     registry = _metrics(gateway)
     introspection = _introspection(process, gateway, registry)
     metrics = MetricsServer(registry.registry, gateway.not_ready)

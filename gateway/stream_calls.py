@@ -15,9 +15,10 @@ from msgspec import Meta, Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
-from broker.messages import Reply
+from broker.messages import Reply, Trace
 from broker.metrics import SECONDS, Histogram
 from broker.names import Group, check_name
+from broker.tracing import Kind, Span, Tracing
 from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
@@ -88,11 +89,16 @@ class StreamCalls:
         self.calls_total = dict.fromkeys(self._functions, 0)
         self.durations = {function: Histogram(SECONDS) for function in self._functions}
         """Of one call in `MEASURED_EACH`."""
+        self.tracing: Tracing | None = None
+        self._trace: Trace | None = None  # of the call that is being made
 
-    def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
+    def call(
+        self, function_id: str, data: bytes, answered: Answered, trace: Trace | None = None
+    ) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`.
 
-        Calls on one group take effect in the order in which they were made here.
+        Calls on one group take effect in the order in which they were made here. What they cause
+        gets `trace`.
         """
         function = self._functions.get(function_id)
         if function is None:
@@ -100,6 +106,10 @@ class StreamCalls:
         self.calls_total[function_id] += 1
         if not self.calls_total[function_id] % MEASURED_EACH:
             answered = partial(self._measured, function_id, time.perf_counter(), answered)
+        if self.tracing is not None:
+            span = self.tracing.start(function_id, Kind.SERVER, trace)
+            trace, answered = span.trace, partial(_traced, span, answered)
+        self._trace = trace
         try:
             function(b"{}" if data == b"null" else data, answered)
         except InvalidRequest as refusal:
@@ -158,7 +168,7 @@ class StreamCalls:
         check_name("stream_name", stream, self._name_bytes_max)
 
         if self._custom.serves(stream, "list_groups"):
-            self._custom.list_groups(stream, answered)
+            self._custom.list_groups(stream, answered, self._trace)
             return
 
         def merged(results: list[bytes]) -> bytes:
@@ -172,6 +182,7 @@ class StreamCalls:
 
     def _ask(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Ask the shard that owns the group, or the worker that stores the stream."""
+        call.trace = self._trace
         if self._custom.takes(group):
             self._custom.call(group, call, answered)
         else:
@@ -218,6 +229,11 @@ class StreamCalls:
             check_name("group_id", group_id, bytes_max)
             check_name("item_id", item_id, bytes_max)
         return Group(stream, group_id)
+
+
+def _traced(span: Span, answered: Answered, answer: Answer) -> None:
+    span.end(answer.code if isinstance(answer, BrokerError) else None)
+    answered(answer)
 
 
 _set_decoder = msgspec.json.Decoder(_Set)

@@ -21,7 +21,7 @@ from websockets.http11 import Request
 from broker import logs
 from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest
-from broker.messages import Reply
+from broker.messages import Reply, Trace
 from gateway import worker_protocol as wire
 from gateway.access import origin_allowed, token_given
 from gateway.broker_functions import BrokerFunctions
@@ -253,7 +253,10 @@ class Worker:
             return
         self._stream_calls += 1
         if self._port.stream_calls.call(
-            call.function_id, bytes(call.data), partial(self._stream_answered, call)
+            call.function_id,
+            bytes(call.data),
+            partial(self._stream_answered, call),
+            _trace_of(call),
         ):
             if self._stream_calls >= STREAM_CALLS_MAX and not self._reading_paused:
                 self._reading_paused = True
@@ -304,8 +307,7 @@ class Worker:
             answered,
             namespace=call.namespace if call.namespace is not None else "default",
             caller=self,
-            traceparent=call.traceparent,
-            baggage=call.baggage,
+            trace=_trace_of(call),
             metadata=wire.present(call.metadata),
         )
 
@@ -369,6 +371,12 @@ class Worker:
         port.availability.functions_changed()
         port.availability.worker("worker_disconnected", self.worker_id)
         _log.info("worker_disconnected", id=self.worker_id)
+
+
+def _trace_of(call: wire.InvokeFunction) -> Trace | None:
+    if call.traceparent is None and call.baggage is None:
+        return None
+    return Trace(call.traceparent, call.baggage)
 
 
 def _refusal(call: wire.InvokeFunction) -> BrokerError | None:

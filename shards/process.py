@@ -71,6 +71,7 @@ async def serve(process: Service) -> None:
     rotate = requests.committer.hot.rotate
     vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
     Introspection(index, requests, vitals, StoreReport)
+    requests.tracing = process.tracing
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(

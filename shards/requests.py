@@ -10,13 +10,25 @@ import msgspec
 from broker import logs, messages
 from broker.errors import BrokerError, StorageError
 from broker.link import Link
-from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
+from broker.messages import Event, Failure, Reply, Synced, ToShard, Trace, Welcome
 from broker.names import Group
 from broker.tasks import Tasks
+from broker.tracing import Kind as SpanKind
+from broker.tracing import Span, Tracing
 from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, past_payload, resume_payload, sync_payload
-from shards.group import Change, GroupState, Head, Kind, Operation, Past, Resumed, Snapshot
+from shards.group import (
+    Change,
+    GroupState,
+    Head,
+    Kind,
+    Operation,
+    Outcome,
+    Past,
+    Resumed,
+    Snapshot,
+)
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
@@ -40,6 +52,8 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
     messages.ReadHistory: ("STREAM_GET_GROUP_ERROR", "Failed to get group"),
 }
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
+
+_READS = (messages.Get, messages.List, messages.Join, messages.ReadHistory)
 
 GatewayLink = Link[ToShard]
 
@@ -70,6 +84,8 @@ class Requests:
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
         self._tasks = Tasks()
         self.reporter: Reporter | None = None
+        self.tracing: Tracing | None = None
+        self._spans: dict[Trace, Span] = {}
         self.events_total = 0
         self.triggers_fired_total = 0
         self.failures_total: dict[str, int] = {}
@@ -121,6 +137,8 @@ class Requests:
                 | messages.ReadHistory()
             ):
                 self._count_call(message)
+                if self.tracing is not None:
+                    self._begin_span(message)
                 if self.committer.waiting >= WAITING_MAX:
                     self._fail(link, message.call_id, _overloaded())
                 else:
@@ -168,6 +186,8 @@ class Requests:
 
     def _settle(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
         outcome, group = settled
+        if self._spans:
+            self._end_span(operation, outcome)
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
                 code, what = _FAILURES[type(operation)]
@@ -187,7 +207,7 @@ class Requests:
             return
         link.send(Reply(operation.call_id, outcome.result))
         if outcome.change is not None:
-            self._publish(operation.stream, group, outcome.change)
+            self._publish(operation.stream, group, outcome.change, operation.trace)
 
     def _joined(
         self,
@@ -217,7 +237,9 @@ class Requests:
         """Tell a change that another broker made on the same storage."""
         self._publish(stream, GroupState(stream, group_id, Head("")), change)
 
-    def _publish(self, stream: str, group: GroupState, change: Change) -> None:
+    def _publish(
+        self, stream: str, group: GroupState, change: Change, trace: Trace | None = None
+    ) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""
         group_id = group.group_id
         interested = self._interested.get((stream, group_id), ())
@@ -239,6 +261,7 @@ class Requests:
                     link in interested,
                     triggers,
                     change.kind is Kind.EVENT,
+                    trace=trace,
                 )
             )
 
@@ -300,6 +323,22 @@ class Requests:
                 self.reporter.told(link, asked.report)
             case _:
                 assert_never(asked)
+
+    # Spans, of calls that are part of a trace.
+
+    def _begin_span(self, operation: Operation) -> None:
+        assert self.tracing is not None, "the caller looked"
+        if operation.trace is not None and self.committer.waiting < WAITING_MAX:
+            name = "read" if isinstance(operation, _READS) else "commit"
+            span = self.tracing.start(
+                name, SpanKind.INTERNAL, operation.trace, shard=self._shard, stream=operation.stream
+            )
+            operation.trace = span.trace  # what it causes hangs below
+            self._spans[span.trace] = span
+
+    def _end_span(self, operation: Operation, outcome: Outcome | StorageError) -> None:
+        if operation.trace is not None and (span := self._spans.pop(operation.trace, None)):
+            span.end(outcome.code if isinstance(outcome, BrokerError) else None)
 
     def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
         self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1
