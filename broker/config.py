@@ -103,6 +103,8 @@ class MetricsPorts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: Text = "127.0.0.1"
     port: Port = 9464
     """TCP port of the gateway, shard K has `port + 1 + K`; 0: each process takes a free one."""
+    top_streams: Annotated[int, Meta(ge=0, le=100)] = 0
+    """Streams of each shard, those used most, that are exposed by name; 0: none."""
 
 
 class KvAdapter(

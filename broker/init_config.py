@@ -53,6 +53,7 @@ _COMMENTS = {
     "stream": "The stream port: who may connect, and when a client has left.",
     "worker": "The worker port, where backend programs connect. Keep it private.",
     "metrics": "GET /metrics of the gateway; shard K answers on port + 1 + K.",
+    "metrics.top_streams": "So many streams, those used most, are exposed by name.",
     "limits": "Bounds of all that grows with what others send; bytes and s are the units.",
     "modules.host": "Address of the stream port, where clients connect.",
     "modules.port": "0 takes a free one.",

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -40,6 +40,9 @@ class Log:
     more there were is told with the next one after that.
     """
 
+    left_out_total: ClassVar[int] = 0
+    """Of all parts."""
+
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
         self._windows: dict[str, _Window] = {}
@@ -68,6 +71,7 @@ class Log:
         window.count += 1
         if window.count > REPEATS_MAX:
             window.left_out += 1
+            Log.left_out_total += 1
             return
         self._logger.log(level, event, extra={_FIELDS: fields})
 

@@ -80,11 +80,17 @@ class Invocations:
         self._impatient: dict[str, float] = {}  # until when an answer is waited for, in order
         self._sweeping = False
         self.invocations_total = 0
+        self.too_many_total = 0
         self.overloaded_total = 0
         self.resent_total = 0
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    @property
+    def patience(self) -> int:
+        """Calls whose answer is not waited for without end: those of triggers' handlers."""
+        return len(self._impatient)
 
     def active(self, worker: Executor) -> int:
         """Calls that the worker made or executes, and that are not answered."""
@@ -122,7 +128,7 @@ class Invocations:
             return None
         made = self._by_caller.get(caller, ()) if caller is not None else ()
         if len(made) >= self.in_flight_max:
-            self.overloaded_total += 1
+            self.too_many_total += 1
             _ended(
                 answered,
                 LimitExceeded(

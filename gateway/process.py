@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from broker import locks, logs, service
 from broker.config import Config
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
-from broker.metrics import SECONDS, Histogram, Metrics, by_label
+from broker.metrics import Metrics, by_label
 from broker.report import GatewayReport, LinkReport
 from broker.service import Ready, Service
 from broker.tracing import Kind, Span, Tracing
@@ -24,11 +23,13 @@ from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
 from gateway.connection import PAUSED_BY_STOP
 from gateway.custom_streams import CustomStreams
+from gateway.fanout import FanOut
 from gateway.functions import Functions
 from gateway.hub import Hub
 from gateway.introspection import Introspection
 from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
+from gateway.metrics import add_clients, add_links, add_ports, add_workers
 from gateway.shard_links import ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
@@ -69,7 +70,7 @@ class Gateway:
         self.custom = CustomStreams(self.functions, self.invocations, self.links)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
-        self.fanout = Histogram(SECONDS)
+        self.fanout = FanOut(self.hub)
         self.tracing: Tracing | None = None
         self._fanouts: list[Span] = []  # of the events of this piece
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
@@ -142,6 +143,7 @@ class Gateway:
                     subscriptions=self.hub.count((event.stream, event.group_id)),
                 )
             )
+        self.fanout.note(event)
         self.stream_port.event_received(shard, event)
         if event.triggers:
             self.triggers.fire_stream(event)
@@ -150,10 +152,7 @@ class Gateway:
         self.triggers.fire_left(left)
 
     def batch_received(self) -> None:
-        if self.hub.has_events:
-            began_at = time.perf_counter()
-            self.hub.flush()
-            self.fanout.observe(time.perf_counter() - began_at)
+        self.fanout.flush()
         if self._fanouts:
             for span in self._fanouts:
                 span.end()
@@ -188,7 +187,7 @@ async def serve(process: Service) -> None:
     )
     gateway = Gateway(settings)
     gateway.use_tracing(process.tracing)
-    registry = _metrics(gateway)
+    registry = _metrics(process, gateway)
     introspection = _introspection(process, gateway, registry)
     metrics = MetricsServer(registry.registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
@@ -313,8 +312,8 @@ def _introspection(process: Service, gateway: Gateway, registry: Metrics) -> Int
     return introspection
 
 
-def _metrics(gateway: Gateway) -> Metrics:
-    metrics = Metrics({})
+def _metrics(process: Service, gateway: Gateway) -> Metrics:
+    metrics = Metrics({}, process.restarts, lambda: process.config.limits)
     ports = (gateway.stream_port, gateway.worker_port)
     triggers, hub, links = gateway.triggers, gateway.hub, gateway.links.links
     stream = gateway.stream_port
@@ -390,11 +389,6 @@ def _metrics(gateway: Gateway) -> Metrics:
             for function, histogram in gateway.stream_calls.durations.items()
         ],
     )
-    metrics.histogram(
-        "event_fanout_seconds",
-        "Handing the events that came in one piece to all subscribers.",
-        gateway.fanout,
-    )
     metrics.counter(
         "invocations",
         "Calls sent to workers.",
@@ -419,11 +413,6 @@ def _metrics(gateway: Gateway) -> Metrics:
         "invocations_resent",
         "Calls sent again because the worker that had them left.",
         lambda: gateway.invocations.resent_total,
-    )
-    metrics.counter(
-        "invocations_refused",
-        "Calls refused because too many wait.",
-        lambda: gateway.invocations.overloaded_total,
     )
     metrics.counter(
         "worker_messages",
@@ -497,6 +486,15 @@ def _metrics(gateway: Gateway) -> Metrics:
         "Calls refused because too much waits to be sent to the shard.",
         lambda: [({"shard": str(link.shard)}, link.refused_total) for link in links],
     )
+    metrics.counters(
+        "stream_call_failures",
+        "Calls of stream functions answered with an error, by its code.",
+        gateway.stream_calls.failures_total.samples,
+    )
+    add_ports(metrics, ports)
+    add_clients(metrics, stream, gateway.fanout)
+    add_workers(metrics, gateway.invocations, triggers)
+    add_links(metrics, links)
     return metrics
 
 

@@ -15,6 +15,7 @@ from msgspec import Meta, Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
+from broker.label_counts import OTHER, LabelCounts
 from broker.messages import Reply, Trace
 from broker.metrics import SECONDS, Histogram
 from broker.names import Group, check_name
@@ -24,6 +25,8 @@ from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
 MEASURED_EACH = 8
+FAILURES = ("deserialization_error", "overloaded", "shard_unavailable", OTHER)
+"""Codes that are exposed from the start, of every function."""
 HISTORY_LIMIT_MAX = 1000
 """Events that one `stream::history` may ask for."""
 
@@ -89,6 +92,9 @@ class StreamCalls:
         self.calls_total = dict.fromkeys(self._functions, 0)
         self.durations = {function: Histogram(SECONDS) for function in self._functions}
         """Of one call in `MEASURED_EACH`."""
+        self.failures_total = LabelCounts(
+            ["function", "code"], [(f, c) for f in self._functions for c in FAILURES]
+        )
         self.tracing: Tracing | None = None
         self._trace: Trace | None = None  # of the call that is being made
 
@@ -115,6 +121,11 @@ class StreamCalls:
         except InvalidRequest as refusal:
             answered(refusal)
         return True
+
+    def count_failure(self, function_id: str, code: str) -> None:
+        """A call was answered with an error; nothing if the function is not one of these."""
+        if function_id in self._functions:
+            self.failures_total.add(function_id, code)
 
     def _measured(
         self, function_id: str, began_at: float, answered: Answered, answer: Answer

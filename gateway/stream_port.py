@@ -97,6 +97,8 @@ class StreamPort(Listener):
         """By number, in the order in which they came."""
         self.clients_total = 0
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
+        self.messages_total = 0
+        self.resyncs_total = 0
         self.bad_messages_total = 0
         self.behind_total = 0
         self.expired_total = 0
@@ -350,11 +352,13 @@ class Client:
                 self.sync(subscription)
 
     def message_received(self, text: bytes) -> None:
+        self._port.messages_total += 1
         self._inbox.append(text)
         if not self._handling:
             self._handle_inbox()
         elif len(self._inbox) >= INBOX_MAX and not self._inbox_full:
             self._inbox_full = True
+            self._port.paused_total += 1
             self._connection.pause_reading(PAUSED_BY_WORK)
 
     def closed(self) -> None:
@@ -424,6 +428,7 @@ class Client:
             self._check(joins[0])
         except InvalidRequest as error:
             self._port.bad_messages_total += 1
+            self._port.joins_total["refused"] += 1
             self._tell(wire.join_error(error, joins[0]))
         else:
             self._join(joins[0])
@@ -545,6 +550,7 @@ class Client:
         """Ask for a snapshot, or for what was missed since the position of the join; the
         subscription is live when it comes, if it is not yet."""
         if subscription.state is State.BEHIND:
+            self._port.resyncs_total += 1
             subscription.state = State.JOINING
         answered = partial(self._synced, subscription)
         group = subscription.group

@@ -139,6 +139,7 @@ class Triggers:
         self._types: dict[str, TriggerType] = {}
         self._waiting: dict[tuple[str, str, str], deque[_Waiting]] = {}
         self.tracing: Tracing | None = None
+        self.conditions_total = 0
         self.outcomes_total = {
             "fired": 0,
             "failed": 0,
@@ -248,6 +249,11 @@ class Triggers:
         """Whether events wait for conditions."""
         return bool(self._waiting)
 
+    @property
+    def events_waiting(self) -> int:
+        """How many."""
+        return sum(map(len, self._waiting.values()))
+
     def messages_for_shard(self) -> list[AddTrigger | AddLeaveTrigger]:
         """All that a shard has to know, in order of registration."""
         return [
@@ -297,6 +303,7 @@ class Triggers:
     async def _asked(self, trigger: Trigger, payload: bytes) -> bool:
         condition = trigger.parsed.condition_function_id if trigger.parsed else None
         if condition is not None:
+            self.conditions_total += 1
             answer = await self._call(condition, trigger.namespace, payload, None)
             if answer.error is not None:
                 self.outcomes_total["condition_failed"] += 1
@@ -352,6 +359,7 @@ class Triggers:
     def _ask_condition(self, trigger: Trigger, condition: str, key: tuple[str, str, str]) -> None:
         """Ask about the first event that waits; the others wait for its answer, to keep order."""
         payload, trace = self._waiting[key][0]
+        self.conditions_total += 1
         self._invocations.call_within(
             self.timeout_s,
             condition,

@@ -260,6 +260,7 @@ class Worker:
         ):
             if self._stream_calls >= STREAM_CALLS_MAX and not self._reading_paused:
                 self._reading_paused = True
+                self._port.paused_total += 1
                 self._connection.pause_reading(PAUSED_BY_WORK)
             return
         self._stream_calls -= 1
@@ -284,6 +285,7 @@ class Worker:
             self._answer_result(call, answer.result)
         else:
             assert isinstance(answer, BrokerError), "only joins are answered with a sync"
+            self._port.stream_calls.count_failure(call.function_id, answer.code)
             self._answer_error(call, wire.error_text(answer))
 
     def _read_on(self) -> None:

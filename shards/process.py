@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from broker.http import MetricsServer
 from broker.link import Link
 from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
-from broker.report import StoreReport
 from broker.service import Ready, Service
 from broker.vitals import Vitals
 from shards import manifest
@@ -25,12 +25,14 @@ from shards.group import Change
 from shards.history import HistoryLimits
 from shards.introspection import Introspection
 from shards.leases import Leases
+from shards.metrics import add_files, add_links, add_store, add_top_streams, store_report
 from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.redis import RedisStorage
 from shards.storage.redis_changes import RemoteChange
 from shards.storage.sqlite import SqliteStorage
+from shards.storage.survey import Survey
 
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
 
@@ -67,10 +69,18 @@ async def serve(process: Service) -> None:
     await storage.open()
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
-    registry = _metrics(index, requests, storage)
+    registry = _metrics(process, requests, storage)
+    survey = Survey(storage.directory) if isinstance(storage, SqliteStorage) else None
+    known = storage if isinstance(storage, MemoryStorage) else None
+    report = partial(store_report, known, survey)
+    add_store(registry, report)
+    add_links(registry, requests)
+    add_top_streams(registry, requests, settings.metrics.top_streams, time.monotonic)
+    if isinstance(storage, SqliteStorage) and survey is not None:
+        add_files(registry, storage, survey)
     rotate = requests.committer.hot.rotate
     vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
-    Introspection(index, requests, vitals, StoreReport)
+    Introspection(index, requests, vitals, report)
     requests.tracing = process.tracing
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
@@ -87,10 +97,13 @@ async def serve(process: Service) -> None:
     host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
+    surveying = None if survey is None else asyncio.create_task(survey.run())
     _log.info("shard_started", socket=socket_path, metrics_port=port)
     await process.stopping.wait()
     server.close()
     metrics.close()
+    if surveying is not None:
+        surveying.cancel()
     await _drain(requests, settings.limits.stop_timeout_s)
     await storage.close()
     socket_path.unlink(missing_ok=True)
@@ -153,12 +166,13 @@ def _totals(requests: Requests) -> dict[str, Callable[[], float]]:
         "batches": lambda: requests.committer.batches_total,
         "events": lambda: requests.events_total,
         "triggers": lambda: requests.triggers_fired_total,
-        "failures": lambda: sum(requests.failures_total.values()),
+        "failures": lambda: requests.failures_total.total,
     }
 
 
-def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
-    metrics = Metrics({"shard": str(index)})
+def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
+    limits = lambda: process.config.limits  # noqa: E731
+    metrics = Metrics({"shard": str(process.index)}, process.restarts, limits)
     committer = requests.committer
     metrics.counters(
         "calls",
@@ -167,8 +181,8 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
     )
     metrics.counters(
         "call_failures",
-        "Calls answered with an error, by its code.",
-        lambda: by_label("code", requests.failures_total),
+        "Calls answered with an error, by function and the error's code.",
+        requests.failures_total.samples,
     )
     metrics.counter(
         "commit_batches", "Batches handed to the storage.", lambda: committer.batches_total

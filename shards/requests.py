@@ -9,6 +9,7 @@ import msgspec
 
 from broker import logs, messages
 from broker.errors import BrokerError, StorageError
+from broker.label_counts import LabelCounts
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Trace, Welcome
 from broker.names import Group
@@ -53,6 +54,9 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
 }
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
 
+_Call = Operation | messages.ListGroups | messages.ListAll | messages.CheckOps | messages.ApplyOps
+_SPANNING = (messages.ListGroups, messages.ListAll)
+
 _READS = (messages.Get, messages.List, messages.Join, messages.ReadHistory)
 
 GatewayLink = Link[ToShard]
@@ -88,13 +92,29 @@ class Requests:
         self._spans: dict[Trace, Span] = {}
         self.events_total = 0
         self.triggers_fired_total = 0
-        self.failures_total: dict[str, int] = {}
-        self.calls_total: dict[str, int] = {}
+        self.failures_total = LabelCounts(
+            ["function", "code"],
+            [(kind.__name__, code) for kind, (code, _) in _FAILURES.items()]
+            + [(kind.__name__, "overloaded") for kind in _FAILURES],
+        )
+        self.calls_total = dict.fromkeys((kind.__name__ for kind in (*_FAILURES, *_SPANNING)), 0)
+        self.overflows_total = 0
+        self._before = [0, 0]  # bytes of links that are over
 
     @property
     def links(self) -> list[GatewayLink]:
         """The links that are made."""
         return list(self._links)
+
+    @property
+    def received_bytes(self) -> int:
+        """From gateways, over all links so far."""
+        return self._before[0] + sum(link.received_bytes for link in self._links)
+
+    @property
+    def sent_bytes(self) -> int:
+        """To gateways, likewise."""
+        return self._before[1] + sum(link.sent_bytes for link in self._links)
 
     def not_ready(self) -> list[str]:
         """Why not every call can be taken, a sentence each."""
@@ -108,6 +128,9 @@ class Requests:
     def link_lost(self, link: GatewayLink, reason: str) -> None:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
+        self._before[0] += link.received_bytes
+        self._before[1] += link.sent_bytes
+        self.overflows_total += link.overflowed
         self.triggers.remove_all(link)
         loop = asyncio.get_running_loop()
         for due_at in self.leases.gateway_lost(link, loop.time()):
@@ -140,7 +163,7 @@ class Requests:
                 if self.tracing is not None:
                     self._begin_span(message)
                 if self.committer.waiting >= WAITING_MAX:
-                    self._fail(link, message.call_id, _overloaded())
+                    self._fail(link, message, _overloaded())
                 else:
                     self.committer.add(message, link)
             case messages.Leave():
@@ -195,7 +218,7 @@ class Requests:
                 outcome = StorageError(
                     code, f"{what}: {outcome.message}", retryable=outcome.retryable
                 )
-            self._fail(link, operation.call_id, outcome)
+            self._fail(link, operation, outcome)
             return
         assert group is not None, "a group comes with every outcome but a StorageError"
         if isinstance(outcome, Snapshot | Resumed):
@@ -276,7 +299,7 @@ class Requests:
         try:
             groups = await self.committer.groups(call.stream)
         except StorageError as error:
-            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
+            self._fail(link, call, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
         else:
             link.send(Reply(call.call_id, msgspec.json.encode(groups)))
 
@@ -287,7 +310,7 @@ class Requests:
                 if groups := await self.committer.groups(stream):
                     found[stream] = groups
         except StorageError as error:
-            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
+            self._fail(link, call, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
         else:
             link.send(Reply(call.call_id, msgspec.json.encode(found)))
 
@@ -295,7 +318,7 @@ class Requests:
         try:
             ops = update_ops.parse_ops(call.ops)
         except BrokerError as error:
-            self._fail(link, call.call_id, error)
+            self._fail(link, call, error)
         else:
             link.send(Reply(call.call_id, update_ops.ops_text(ops)))
 
@@ -303,7 +326,7 @@ class Requests:
         try:
             outcome = update_ops.apply_ops(call.current, update_ops.parse_ops(call.ops))
         except BrokerError as error:
-            self._fail(link, call.call_id, error)
+            self._fail(link, call, error)
         else:
             result: dict[str, object] = {"new_value": msgspec.Raw(outcome.value)}
             if outcome.errors:
@@ -340,13 +363,12 @@ class Requests:
         if operation.trace is not None and (span := self._spans.pop(operation.trace, None)):
             span.end(outcome.code if isinstance(outcome, BrokerError) else None)
 
-    def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
-        self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1
-        link.send(Failure(call_id, error.code, error.message, error.field, error.retryable))
+    def _fail(self, link: GatewayLink, call: _Call, error: BrokerError) -> None:
+        self.failures_total.add(type(call).__name__, error.code)
+        link.send(Failure(call.call_id, error.code, error.message, error.field, error.retryable))
 
-    def _count_call(self, call: ToShard) -> None:
-        name = type(call).__name__
-        self.calls_total[name] = self.calls_total.get(name, 0) + 1
+    def _count_call(self, call: Operation | messages.ListGroups | messages.ListAll) -> None:
+        self.calls_total[type(call).__name__] += 1
 
 
 def _overloaded() -> BrokerError:

@@ -161,7 +161,7 @@ class SqliteStorage:
         response_bytes_max: int,
         cache_bytes_max: int,
     ) -> None:
-        self._directory = directory
+        self.directory = directory
         self._history_limits = history_limits
         self._clock = clock
         self._response_bytes_max = response_bytes_max
@@ -173,6 +173,10 @@ class SqliteStorage:
             OrderedDict()
         )  # size, longest unused first
         self.cached_bytes = 0
+        self.hits_total = 0
+        self.misses_total = 0
+        self.evictions_total = 0
+        self.closed_total = 0
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
@@ -181,11 +185,11 @@ class SqliteStorage:
 
     async def open(self) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 FILE_PATH_KEY,
-                f"{self._directory} can't be made: {error.strerror}",
+                f"{self.directory} can't be made: {error.strerror}",
             ) from None
         self._forgotten_timestamp_ms = await self._in_thread(self._clock_file.read)
 
@@ -216,7 +220,7 @@ class SqliteStorage:
 
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
-        for path in await self._in_thread(lambda: sorted(self._directory.glob("*.db"))):
+        for path in await self._in_thread(lambda: sorted(self.directory.glob("*.db"))):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = await self._in_thread(partial(stream_name, path))
@@ -294,7 +298,11 @@ class SqliteStorage:
             if item_id is not None and (group is None or not group.complete):
                 wanted.setdefault(operation.group_id, set()).add(item_id)
         if not unknown and not wanted:
+            self.hits_total += len(operations)
             return
+        misses = sum(o.group_id in unknown or o.group_id in wanted for o in operations)
+        self.misses_total += misses
+        self.hits_total += len(operations) - misses
         file = await self._file(state, create=False)  # a read makes no file
         rows = await self._in_thread(lambda: file.group_rows(list(unknown))) if file else []
         for row in rows:
@@ -403,6 +411,7 @@ class SqliteStorage:
             if not state.busy and state.file is not None:
                 del self._open_files[name]
                 file, state.file = state.file, None
+                self.closed_total += 1
                 await self._in_thread(file.close)
                 if self._streams.get(name) is state:
                     self._drop_if_unused(state)
@@ -412,7 +421,7 @@ class SqliteStorage:
         """A stream whose file stays open and whose groups stay cached meanwhile."""
         state = self._streams.get(name)
         if state is None:
-            path = self._directory / f"{file_name(name)}.db"
+            path = self.directory / f"{file_name(name)}.db"
             state = self._streams[name] = _Stream(name, path)
         assert not state.busy, "one batch at a time"
         state.busy = True
@@ -466,6 +475,7 @@ class SqliteStorage:
             if other.busy:
                 self._cached.move_to_end(key)
                 continue
+            self.evictions_total += 1
             self.cached_bytes -= self._cached.pop(key)
             self._note_forgotten(other.groups.pop(key[1]))
             self._drop_if_unused(other)
@@ -481,7 +491,7 @@ class SqliteStorage:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except OSError as error:
-            raise failure(self._directory, error) from error
+            raise failure(self.directory, error) from error
 
 
 def _group_row(group: GroupState) -> GroupRow:
