@@ -16,6 +16,7 @@ from broker.config import Config, Overrides
 from broker.config_text import shown
 from broker.errors import ConfigError
 from broker.output import complain
+from broker.report import TOP_MAX
 from broker.worker_call import USAGE
 
 TIMEOUT_S = 10.0
@@ -150,6 +151,14 @@ def _add_calls(found: argparse._SubParsersAction[_Parser]) -> None:
     send.add_argument("--id", metavar="ITEM", type=_text, help="the item that it is about")
     watch = add("watch", "print every change of a group or an item", _STREAM, _GROUP)
     watch.add_argument("item", metavar="ITEM", nargs="?", type=_text, help=_ITEM[2])
+    status = add("status", "show how every process is, again and again")
+    top = add("top", "show the groups and streams that are used most, again and again")
+    for command in (status, top):
+        command.add_argument("--once", action="store_true", help="show it once")
+        again = "show it again after so long (default: 2 on a terminal; else once)"
+        command.add_argument("--interval", metavar="SECONDS", type=_seconds, help=again)
+    about = f"how many of each, up to {TOP_MAX} (default: 10)"
+    top.add_argument("--limit", metavar="N", type=_limit, default=10, help=about)
 
 
 def _text(argument: str) -> str:
@@ -171,9 +180,18 @@ def _seconds(argument: str) -> float:
     return seconds
 
 
+def _limit(argument: str) -> int:
+    is_number = argument.isascii() and argument.isdecimal() and len(argument) < 10
+    if not is_number or not 1 <= int(argument) <= TOP_MAX:
+        reason = f"holds {shown(argument)}, may hold an integer from 1 to {TOP_MAX}"
+        raise argparse.ArgumentTypeError(reason)
+    return int(argument)
+
+
 def _serve(options: argparse.Namespace) -> int:
-    logs.configure("supervisor", options.log_format, options.log_level)
     overrides = Overrides(
+        log_level=options.log_level,
+        log_format=options.log_format,
         shards=options.shards,
         data_dir=options.data_dir,
         host=options.host,
@@ -183,12 +201,13 @@ def _serve(options: argparse.Namespace) -> int:
         metrics_port=options.metrics_port,
     )
     settings = _load(options.config, overrides)
+    logs.configure(supervisor.NAME, settings.log_format, settings.log_level)
 
     def load() -> Config:
         return _load(options.config, overrides)
 
     again = None if options.config is None else load
-    return uvloop.run(supervisor.serve(settings, _log_options(options), again))
+    return uvloop.run(supervisor.serve(settings, again))
 
 
 def _load(path: str | None, overrides: Overrides) -> Config:
@@ -216,7 +235,8 @@ def _on_folder(module: str, options: argparse.Namespace, more: list[str], *first
 
 
 def _log_options(options: argparse.Namespace) -> list[str]:
-    return ["--log-format", options.log_format, "--log-level", options.log_level]
+    given = (("--log-format", options.log_format), ("--log-level", options.log_level))
+    return [word for flag, value in given if value is not None for word in (flag, value)]
 
 
 # Completion: scripts that know every command, its options and the words that these take.

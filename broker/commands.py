@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Raw, Struct
 
+from broker import status_commands
 from broker.config_text import shown
 from broker.output import (
     Colour,
@@ -200,6 +201,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Address, Output], int]] = {
     "update": _update,
     "delete": _delete,
     "send": _send,
+    "status": status_commands.status,
+    "top": status_commands.top,
 }
 
 

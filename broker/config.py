@@ -28,6 +28,7 @@ from broker.config_text import (
     shown,
 )
 from broker.errors import ConfigError
+from broker.logs import LogFormat, LogLevel
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -102,6 +103,8 @@ class MetricsPorts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: Text = "127.0.0.1"
     port: Port = 9464
     """TCP port of the gateway, shard K has `port + 1 + K`; 0: each process takes a free one."""
+    top_streams: Annotated[int, Meta(ge=0, le=100)] = 0
+    """Streams of each shard, those used most, that are exposed by name; 0: none."""
 
 
 class KvAdapter(
@@ -207,6 +210,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: Shards = msgspec.field(default_factory=default_shards)
     run_dir: Text = "./data/run"
     """Folder of the Unix sockets."""
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    tracing: bool = False
+    """Whether spans are made for OpenTelemetry, which the extra `otel` installs."""
     limits: Limits = msgspec.field(default_factory=Limits)
 
 
@@ -220,6 +227,8 @@ class Overrides(msgspec.Struct, frozen=True):
     worker_host: str | None = None
     worker_port: int | None = None
     metrics_port: int | None = None
+    log_level: LogLevel | None = None
+    log_format: LogFormat | None = None
 
 
 _STREAM_CLASS = "modules::stream::StreamModule"
@@ -263,7 +272,13 @@ def load(
     entries = _entries(values, warnings)
     stream, adapter = _stream(*entries.get("stream", ("", {})), warnings)
     broker = mapping(values, "broker", "")
-    plain = {"shards": Shards, "run_dir": Text}
+    plain = {
+        "shards": Shards,
+        "run_dir": Text,
+        "log_level": LogLevel,
+        "log_format": LogFormat,
+        "tracing": bool,
+    }
     check_keys(broker, (*plain, "stream", "worker", "metrics", "limits"), "broker")
     worker = _worker_manager(*entries.get("worker", ("", {})), warnings)
     for key, value in _part(WorkerPort, broker, "worker").items():
@@ -321,6 +336,9 @@ def to_yaml(config: Config) -> str:
         "broker": {
             "shards": config.shards,
             "run_dir": config.run_dir,
+            "log_level": config.log_level,
+            "log_format": config.log_format,
+            "tracing": config.tracing,
             "stream": msgspec.to_builtins(config.stream_access),
             "worker": msgspec.to_builtins(config.worker),
             "metrics": structs.asdict(config.metrics),
@@ -461,7 +479,13 @@ def _with_overrides(config: Config, overrides: Overrides) -> Config:
             file_path = ("--data-dir", os.path.join(data_dir, "stream_store"))
             adapter = _with_options(adapter, file_path=file_path)
     config = structs.replace(
-        _with_options(config, shards=("--shards", overrides.shards), **folders),
+        _with_options(
+            config,
+            shards=("--shards", overrides.shards),
+            log_level=("--log-level", overrides.log_level),
+            log_format=("--log-format", overrides.log_format),
+            **folders,
+        ),
         adapter=adapter,
         stream=_with_options(
             config.stream, host=("--host", overrides.host), port=("--port", overrides.port)

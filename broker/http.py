@@ -1,13 +1,17 @@
-"""The metrics port: a small HTTP server that answers `GET /metrics` and nothing else."""
+"""The metrics port: a small HTTP server that answers `GET` of `/metrics`, `/healthz`, `/readyz`."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from contextlib import suppress
+from http import HTTPStatus
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
+
+from broker import health
+from broker.health import NotReady
 
 HEAD_BYTES_MAX = 16 * 1024
 REQUEST_TIMEOUT_S = 10.0
@@ -15,10 +19,11 @@ CONNECTIONS_MAX = 64
 
 
 class MetricsServer:
-    """Serves a registry; one request per connection."""
+    """Serves a registry and the health of the process; one request per connection."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, not_ready: NotReady) -> None:
         self._registry = registry
+        self._not_ready = not_ready
         self._open = 0
         self._server: asyncio.Server | None = None
 
@@ -52,12 +57,20 @@ class MetricsServer:
         request, _, rest = head.decode("latin-1").partition("\r\n")
         method, _, target = request.partition(" ")
         path = target.split(" ")[0].split("?")[0]
-        if path != "/metrics":
-            return response("404 Not Found", "text/plain", b"Metrics are at /metrics.\n")
+        if path != "/metrics" and path not in health.PATHS:
+            return response(HTTPStatus.NOT_FOUND, "text/plain", b"Metrics are at /metrics.\n")
         if method not in ("GET", "HEAD"):
-            return response("405 Method Not Allowed", "text/plain", b"Use GET.\n")
+            return response(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain", b"Use GET.\n")
+        answer = self._health(path) if path in health.PATHS else self._metrics(rest)
+        return answer if method == "GET" else answer.split(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+    def _health(self, path: str) -> bytes:
+        status, body = health.answer(path, self._not_ready)
+        return response(status, health.CONTENT_TYPE, body)
+
+    def _metrics(self, headers: str) -> bytes:
         accept = ""
-        for line in rest.split("\r\n"):
+        for line in headers.split("\r\n"):
             name, _, value = line.partition(":")
             if name.strip().lower() == "accept":
                 accept = value.strip()
@@ -66,13 +79,12 @@ class MetricsServer:
             body: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]  # the library types only its other half
         else:
             content_type, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
-        answer = response("200 OK", content_type, body)
-        return answer if method == "GET" else answer.split(b"\r\n\r\n")[0] + b"\r\n\r\n"
+        return response(HTTPStatus.OK, content_type, body)
 
 
-def response(status: str, content_type: str, body: bytes) -> bytes:
+def response(status: HTTPStatus, content_type: str, body: bytes) -> bytes:
     """An HTTP/1.1 response after which the connection is closed."""
     return (
-        f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     ).encode() + body

@@ -41,6 +41,11 @@ _BROKER = """\
 broker:
   # Shard processes; one per core, at least 2, unless said here. Fixed once data is written.
   #shards: 2
+  # debug, info, warning or error; taken over on SIGHUP. The format is text or json.
+  #log_level: info
+  #log_format: text
+  # Spans for OpenTelemetry, sent where the OTEL_* variables say; needs the extra `otel`.
+  #tracing: false
   # Folder of Unix sockets and locks; its path may be about 90 bytes long.
   run_dir: ./data/run
 """
@@ -48,6 +53,7 @@ _COMMENTS = {
     "stream": "The stream port: who may connect, and when a client has left.",
     "worker": "The worker port, where backend programs connect. Keep it private.",
     "metrics": "GET /metrics of the gateway; shard K answers on port + 1 + K.",
+    "metrics.top_streams": "So many streams, those used most, are exposed by name.",
     "limits": "Bounds of all that grows with what others send; bytes and s are the units.",
     "modules.host": "Address of the stream port, where clients connect.",
     "modules.port": "0 takes a free one.",

@@ -50,6 +50,10 @@ class Link(asyncio.Protocol, Generic[M]):
         self._transport: asyncio.Transport | None = None
         self._waiting: list[Message] = []
         self._lost_reason = "the connection was lost"
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.overflowed = False
+        """Whether it was cut as the peer left too much unread."""
         self.half_full = False
         """Whether more than half of what may wait does; checked when something is written."""
 
@@ -82,6 +86,7 @@ class Link(asyncio.Protocol, Generic[M]):
         self._owner.link_made(self)
 
     def data_received(self, data: bytes) -> None:
+        self.received_bytes += len(data)
         try:
             messages = self._reader.receive_data(data)
         except ProtocolError as error:
@@ -119,7 +124,9 @@ class Link(asyncio.Protocol, Generic[M]):
             self._write(messages[half:])
             return
         self._transport.write(frame)
+        self.sent_bytes += len(frame)
         waiting = self.queue_bytes
         self.half_full = waiting > max(self._queue_bytes_max // 2, _HIGH_WATER_BYTES)
         if waiting > self._queue_bytes_max + len(frame):
+            self.overflowed = True
             self.cut(f"the peer left more than {self._queue_bytes_max} bytes unread")

@@ -9,11 +9,12 @@ import logging
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 REPEATS_MAX, WINDOW_S = 100, 10.0
 
@@ -21,7 +22,7 @@ _FIELDS = "broker_fields"
 _TEXT_MAX = 500  # characters of a value that a line shows
 
 
-def configure(process: str, log_format: LogFormat, level: str) -> None:
+def configure(process: str, log_format: LogFormat, level: LogLevel) -> None:
     """Send the logs of this process, called `process` in them, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(process, log_format))
@@ -38,6 +39,9 @@ class Log:
     Of one event at most `REPEATS_MAX` lines are written in `WINDOW_S`, whatever peers do; how many
     more there were is told with the next one after that.
     """
+
+    left_out_total: ClassVar[int] = 0
+    """Of all parts."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -67,6 +71,7 @@ class Log:
         window.count += 1
         if window.count > REPEATS_MAX:
             window.left_out += 1
+            Log.left_out_total += 1
             return
         self._logger.log(level, event, extra={_FIELDS: fields})
 

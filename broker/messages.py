@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 """Of the messages below; both ends refuse a peer that speaks another one."""
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
     """Base of all messages: encoded as an array that begins with the tag."""
+
+
+class Trace(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Where a call stands in a trace, as its caller gave it (W3C Trace Context, and Baggage)."""
+
+    traceparent: str | None
+    baggage: str | None = None
+
+
+class Traced(Message, kw_only=True):
+    """A message that may be part of a trace; costs a byte when it is not."""
+
+    trace: Trace | None = None
 
 
 # Gateway to shard.
@@ -32,7 +45,7 @@ class Heartbeat(Message, tag=1):
     number: int
 
 
-class GroupCall(Message):
+class GroupCall(Traced):
     """A call on one group; answered by `Reply`, `Synced` or `Failure` with the same `call_id`."""
 
     call_id: int
@@ -182,6 +195,25 @@ class AddLeaveTrigger(Message, tag=19):
     group_id: str | None
 
 
+class AskStatus(Message, tag=30):
+    """How the shard is; answered with the JSON text of a `broker.report.ShardReport`."""
+
+    call_id: int
+
+
+class AskTop(Message, tag=31):
+    """What is used most, up to `limit` of each kind; answered with a `broker.report.ShardTop`."""
+
+    call_id: int
+    limit: int
+
+
+class GatewayTells(Message, tag=32):
+    """How the gateway is: the JSON text of a `broker.report.GatewayReport`, now and again."""
+
+    report: bytes
+
+
 class ReadHistory(GroupCall, tag=26):
     """The events after `since` that are kept, at most `limit`; None: from the oldest.
 
@@ -238,7 +270,7 @@ class Synced(Message, tag=23):
         return self.missed is not None
 
 
-class Event(Message, tag=24):
+class Event(Traced, tag=24):
     """A committed change or a custom event, encoded for subscribers and triggers alike.
 
     `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of
@@ -286,5 +318,8 @@ ToShard = (
     | EndLease
     | AddLeaveTrigger
     | ReadHistory
+    | AskStatus
+    | AskTop
+    | GatewayTells
 )
 ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left

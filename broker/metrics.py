@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 
+from msgspec import Struct, structs
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -16,6 +17,8 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+
+from broker import logs
 
 LAG_INTERVAL_S, LAG_WINDOW_S = 0.25, 10.0
 
@@ -84,20 +87,35 @@ class LoopLag:
 class Metrics(Collector):
     """The metrics of one process. Names get the prefix `broker_`, counters end in `_total`."""
 
-    def __init__(self, labels: Labels) -> None:
-        """`labels` are on every metric, such as the shard's number."""
+    def __init__(self, labels: Labels, restarts: int, limits: Callable[[], Struct]) -> None:
+        """`labels` are on every metric, such as the shard's number. `limits` are read when
+        scraped: all that is a number in them is exposed."""
         self._labels = dict(labels)
         self._sources: list[Callable[[], Metric]] = []
         self.registry = CollectorRegistry()
         self.registry.register(self)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        lag = LoopLag(asyncio.get_running_loop())
+        self.lag = lag = LoopLag(asyncio.get_running_loop())
         self.gauge(
             "loop_lag_seconds", "The most that the event loop was late lately.", lambda: lag.seconds
         )
         self.gauges(
             "build_info", "1; the release is in the label.", lambda: [({"version": VERSION}, 1)]
+        )
+
+        self.counter(
+            "restarts", "Times that `broker serve` started the process again.", lambda: restarts
+        )
+        self.counter(
+            "log_lines_left_out",
+            "Log lines not written as there were too many of their event.",
+            lambda: logs.Log.left_out_total,
+        )
+        self.gauges(
+            "limit",
+            "The configuration's limits, each in the unit that its name ends in.",
+            lambda: by_label("limit", structs.asdict(limits())),
         )
 
     def counter(self, name: str, text: str, read: Callable[[], float]) -> None:

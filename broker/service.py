@@ -15,31 +15,40 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import uvloop
 from msgspec import structs
 
-from broker import config, logs
-from broker.config import Config
+from broker import config, logs, tracing
+from broker.config import Config, Overrides
 from broker.errors import ConfigError
 from broker.notify import Notifier
+from broker.tracing import Tracing
 
 CONFIG_EXIT_CODE = 2
+RESTARTS = "BROKER_RESTARTS"
+"""Variable by which the supervisor tells a process how often it was started again."""
 BACKLOG = 4096
 _GC_THRESHOLD = 50_000
 _READ_BYTES = 65536
 _RELOADED_LIMITS = (
+    "auth_context_bytes_max",
+    "auth_timeout_s",
+    "auth_waiting_max",
     "client_messages_per_s_max",
     "connections_max",
     "connections_per_address_max",
+    "handshake_timeout_s",
     "ping_interval_s",
     "ping_timeout_s",
     "stalled_timeout_s",
     "subscriptions_per_connection_max",
+    "trigger_timeout_s",
+    "worker_calls_in_flight_max",
     "worker_messages_per_s_max",
 )
 
@@ -60,6 +69,11 @@ class Reloaded(msgspec.Struct, frozen=True):
     refused: str = ""
 
 
+def _restarts_of(environ: MutableMapping[str, str]) -> int:
+    text = environ.pop(RESTARTS, "")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
 Serve = Callable[["Service"], Coroutine[Any, Any, None]]
 _Value = TypeVar("_Value")
 
@@ -69,13 +83,28 @@ class Service:
 
     Args:
         path: of the configuration file; None for a process that is supervised.
+        overrides: options that win over the file.
     """
 
-    def __init__(self, settings: Config, index: int, path: str | None, notifier: Notifier) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Config,
+        index: int,
+        path: str | None,
+        *,
+        overrides: Overrides,
+        notifier: Notifier,
+        tracing: Tracing | None,
+    ) -> None:
+        self.name = name
+        self.tracing = tracing
+        self._overrides = overrides
         self.config = settings
         self.index = index
         self.stopping = asyncio.Event()
         self.exit_code = 0
+        self.restarts = _restarts_of(os.environ)
         self.on_reload: Callable[[Config], None] | None = None
         """Makes the process's parts use a configuration that `reloaded` made. Raises ConfigError
         when it can't be used; then everything is as it was."""
@@ -116,7 +145,7 @@ class Service:
             return
         self._notifier.reloading()
         try:
-            settings, _ = config.load(self._path, config.Overrides(), os.environ)
+            settings, _ = config.load(self._path, self._overrides, os.environ)
             self._reload(settings)
         except ConfigError as error:
             _log.error("config_not_reloaded", reason=error)
@@ -136,6 +165,7 @@ class Service:
         if self.on_reload is not None:
             self.on_reload(used)
         self.config = used
+        logs.configure(self.name, used.log_format, used.log_level)
         tell_reloaded(left)
 
 
@@ -163,10 +193,20 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
             old.stream, auth_function=_other(old.stream.auth_function, new.stream.auth_function)
         ),
         stream_access=structs.replace(
-            old.stream_access, tls=_other(old.stream_access.tls, new.stream_access.tls)
+            old.stream_access,
+            allowed_origins=new.stream_access.allowed_origins,
+            trusted_proxies=new.stream_access.trusted_proxies,
+            tls=_other(old.stream_access.tls, new.stream_access.tls),
         ),
-        worker=structs.replace(old.worker, tls=_other(old.worker.tls, new.worker.tls)),
+        worker=structs.replace(
+            old.worker,
+            allowed_origins=new.worker.allowed_origins,
+            token=_other(old.worker.token, new.worker.token),
+            tls=_other(old.worker.tls, new.worker.tls),
+        ),
         limits=structs.replace(old.limits, **limits),
+        log_level=new.log_level,
+        log_format=new.log_format,
     )
     parts: tuple[tuple[str, msgspec.Struct, msgspec.Struct], ...] = (
         ("modules[].config", used.stream, new.stream),
@@ -187,6 +227,8 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
         left.append("broker.shards")
     if used.run_dir != new.run_dir:
         left.append("broker.run_dir")
+    if used.tracing != new.tracing:
+        left.append("broker.tracing")
     return used, left
 
 
@@ -210,11 +252,9 @@ def options(name: str) -> argparse.ArgumentParser:
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every process takes."""
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
-    )
+    """The options that every process takes; they win over the configuration."""
+    for option, kind in (("--log-format", logs.LogFormat), ("--log-level", logs.LogLevel)):
+        parser.add_argument(option, choices=get_args(kind), help="of all processes")
 
 
 def run(name: str, arguments: argparse.Namespace, index: int, serve: Serve) -> int:
@@ -223,17 +263,31 @@ def run(name: str, arguments: argparse.Namespace, index: int, serve: Serve) -> i
     A configuration that can't be used, or an address that can't be had, is one line on stderr
     and `CONFIG_EXIT_CODE`.
     """
-    logs.configure(name, arguments.log_format, arguments.log_level)
+    overrides = Overrides(log_level=arguments.log_level, log_format=arguments.log_format)
+    logs.configure(name, overrides.log_format or "text", overrides.log_level or "info")
     notifier = Notifier(os.environ)
     lines = _Lines(sys.stdin.fileno()) if arguments.config is None else None
     try:
         if lines is not None:
             settings = config.from_json(lines.first())
         else:
-            settings, _ = config.load(arguments.config, config.Overrides(), os.environ)
-        return uvloop.run(
-            _main(Service(settings, index, arguments.config, notifier), notifier, lines, serve)
+            settings, _ = config.load(arguments.config, overrides, os.environ)
+        logs.configure(name, settings.log_format, settings.log_level)
+        spans = tracing.start(settings.tracing, name, os.environ)
+        process = Service(
+            name,
+            settings,
+            index,
+            arguments.config,
+            overrides=overrides,
+            notifier=notifier,
+            tracing=spans,
         )
+        try:
+            return uvloop.run(_main(process, notifier, lines, serve))
+        finally:
+            if spans is not None:
+                spans.close()
     except ConfigError as error:
         print(f"broker: {error}", file=sys.stderr)
         return CONFIG_EXIT_CODE

@@ -1,7 +1,7 @@
 """`broker serve`: starts shards and gateway, restarts what dies, stops them in order.
 
-On SIGHUP it reads the configuration file again and hands it to the gateway, which is all that has
-anything to reload.
+On SIGHUP it reads the configuration file again and hands it to the gateway, which may refuse it,
+and then to the shards, which have the log's level to take over.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from broker.errors import ConfigError
 from broker.notify import Notifier
 from broker.service import (
     CONFIG_EXIT_CODE,
+    RESTARTS,
     Ready,
     Reloaded,
     reloaded,
@@ -35,7 +36,10 @@ STABLE_S = 30.0
 KILL_AFTER_S = 5.0
 """Beyond the configured stop timeout, after which a process that does not end is killed."""
 
-_log = logs.Log("supervisor")
+NAME = "supervisor"
+"""In its log lines."""
+
+_log = logs.Log(NAME)
 
 
 class _Child:
@@ -47,6 +51,7 @@ class _Child:
         self._settings = settings
         self.process: asyncio.subprocess.Process | None = None
         self._serves = False
+        self._restarts = 0
         self._watchdog = Watchdog(settings.limits.hang_timeout_s)
 
     async def start(self) -> Ready | None:
@@ -57,7 +62,7 @@ class _Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
-            env={**os.environ, **self._watchdog.environment()},
+            env={**os.environ, **self._watchdog.environment(), RESTARTS: str(self._restarts)},
         )
         self.process = process
         assert process.stdin is not None
@@ -89,6 +94,14 @@ class _Child:
             raise ConfigError("", refused)
         self._settings = settings
 
+    async def take_over(self, settings: Config) -> None:
+        """`reload` for a process that need not have them now: when it is started again will do."""
+        try:
+            await self.reload(settings)
+        except ConfigError as error:
+            self._settings = settings
+            _log.info("config_waits_for_restart", process=self.name, reason=error)
+
     async def keep(self) -> None:
         """Start the process again whenever it ends or hangs, until it is given up."""
         loop = asyncio.get_running_loop()
@@ -103,6 +116,7 @@ class _Child:
             delay_s = min(RESTART_FIRST_S * 2 ** (deaths - 1), RESTART_MAX_S)
             _log.warning("process_died", process=self.name, exit_code=code, restart_in_s=delay_s)
             await asyncio.sleep(delay_s)
+            self._restarts += 1
             started = loop.time()
             try:
                 if await self.start() is not None:
@@ -154,7 +168,7 @@ async def _hand_over(pipe: asyncio.StreamWriter, settings: Config) -> None:
 Load = Callable[[], Config]
 
 
-async def serve(settings: Config, log_options: Sequence[str], load: Load | None = None) -> int:
+async def serve(settings: Config, load: Load | None = None) -> int:
     """Run a whole broker until SIGTERM or SIGINT; returns the exit code.
 
     On SIGHUP `load` is asked for the settings anew; it may raise ConfigError. Without it, and on a
@@ -169,10 +183,10 @@ async def serve(settings: Config, log_options: Sequence[str], load: Load | None 
     loop.add_signal_handler(signal.SIGHUP, hung_up.set if reloads else stopping.set)
     notifier.watch(loop)
     shards = [
-        _Child(f"shard-{k}", ["-m", "shards", "--index", str(k), *log_options], settings)
+        _Child(f"shard-{k}", ["-m", "shards", "--index", str(k)], settings)
         for k in range(settings.shards)
     ]
-    gateway = _Child("gateway", ["-m", "gateway", *log_options], settings)
+    gateway = _Child("gateway", ["-m", "gateway"], settings)
     children = [*shards, gateway]
     stopped = asyncio.create_task(stopping.wait())
     try:
@@ -190,7 +204,7 @@ async def serve(settings: Config, log_options: Sequence[str], load: Load | None 
         gateway_keeper = keepers[-1]
         if load is not None:
             reloading = _reload_when(
-                hung_up, load, settings, gateway, notifier=notifier, status=status
+                hung_up, load, settings, gateway, shards=shards, notifier=notifier, status=status
             )
             keepers.append(asyncio.create_task(reloading))
         await _until_over(stopped, gateway_keeper, keepers)
@@ -228,6 +242,7 @@ async def _reload_when(
     settings: Config,
     gateway: _Child,
     *,
+    shards: Sequence[_Child],
     notifier: Notifier,
     status: str,
 ) -> None:
@@ -243,6 +258,8 @@ async def _reload_when(
             _log.error("config_not_reloaded", reason=error)
         else:
             settings = used
+            await asyncio.gather(*(shard.take_over(used) for shard in shards))
+            logs.configure(NAME, used.log_format, used.log_level)
             tell_reloaded(left)
         notifier.ready(status)
 

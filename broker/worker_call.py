@@ -111,6 +111,19 @@ def call(address: Address, function_id: str, payload: bytes) -> bytes | None:
         CommandError: as of `connected`, `timeout`, `invalid_answer`, or the error that the broker
             answered.
     """
+    with connected(address) as connection:
+        return call_over(connection, address, function_id, payload)
+
+
+def call_over(
+    connection: ClientConnection, address: Address, function_id: str, payload: bytes
+) -> bytes | None:
+    """`call` over a connection that is there, made to `address`.
+
+    Raises:
+        CommandError: as of `call`.
+        ConnectionClosed: the connection ended.
+    """
     end = time.monotonic() + address.timeout_s
     call_id = str(uuid.uuid4())
     request = {
@@ -120,19 +133,18 @@ def call(address: Address, function_id: str, payload: bytes) -> bytes | None:
         "data": Raw(payload),
     }
     message = msgspec.json.encode(request)
-    with connected(address) as connection:
+    try:
+        send(connection, message, end)
+    except ConnectionClosed as closed:
+        raise _unsent(closed, len(message), end, address) from None
+    while True:
         try:
-            send(connection, message, end)
-        except ConnectionClosed as closed:
-            raise _unsent(closed, len(message), end, address) from None
-        while True:
-            try:
-                reply = received(connection, max(0.0, end - time.monotonic()))
-            except TimeoutError:
-                raise _too_late(address) from None
-            answer = _decoded(reply, address)
-            if answer.type == "invocationresult" and answer.invocation_id == call_id:
-                break
+            reply = received(connection, max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            raise _too_late(address) from None
+        answer = _decoded(reply, address)
+        if answer.type == "invocationresult" and answer.invocation_id == call_id:
+            break
     if answer.error is not None:
         raise CommandError(answer.error.code, answer.error.message)
     return bytes(answer.result) or None

@@ -45,7 +45,7 @@ class Auth:
     def __init__(self, function_id: str | None, invocations: Invocations, limits: Limits) -> None:
         self.function_id = function_id
         self._invocations = invocations
-        self._limits = limits
+        self.limits = limits
         self.waiting = 0
         self.outcomes_total = dict.fromkeys(Outcome, 0)
 
@@ -59,7 +59,7 @@ class Auth:
 
     async def _ask(self, question: bytes) -> Verdict:
         assert self.function_id is not None, "nobody to ask"
-        limits = self._limits
+        limits = self.limits
         if self.waiting >= limits.auth_waiting_max:
             return Verdict(Outcome.OVERLOADED)
         self.waiting += 1

@@ -79,6 +79,10 @@ class BrokerFunctions:
         }
         self.disconnected_total = 0
 
+    def extend(self, functions: dict[str, Callable[[bytes, Answered], None]]) -> None:
+        """Answer these too."""
+        self._functions |= functions
+
     def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`."""
         function = self._functions.get(function_id)

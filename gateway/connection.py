@@ -57,6 +57,9 @@ class Port(Protocol):
 
     message_bytes_max: int
     send_queue_bytes_max: int
+    received_bytes: int
+    sent_bytes: int
+    sent_messages: int
 
     def connected(self, connection: Connection) -> None: ...
 
@@ -140,6 +143,12 @@ class Connection(asyncio.Protocol):
         return self._out is not None
 
     @property
+    def close_code(self) -> int | None:
+        """The code of the close frame that was sent; None before, and for plain HTTP."""
+        close = self._protocol.close_sent
+        return None if close is None else close.code
+
+    @property
     def local_address(self) -> str:
         """The address and port that the peer connected to."""
         return _address(self._transport.get_extra_info("sockname")) if self._transport else ""
@@ -209,6 +218,9 @@ class Connection(asyncio.Protocol):
             return
         waiting = self._waiting
         data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+        port = self._port
+        port.sent_messages += len(waiting)
+        port.sent_bytes += self.waiting_bytes
         waiting.clear()
         self.waiting_bytes = 0
         self._out.write(data)
@@ -299,6 +311,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received_at = self._now()
+        self._port.received_bytes += len(data)
         if self._splitter is not None:
             self._splitter.receive_data(data)
             return
@@ -340,8 +353,10 @@ class Connection(asyncio.Protocol):
                 break
             written += 1
             self.waiting_bytes -= len(frame)
+            self._port.sent_bytes += len(frame)
             self._out.write(frame)  # may pause writing again
         del self._waiting[:written]
+        self._port.sent_messages += written
         if not self._write_paused and self._peer is not None:
             self._peer.drained()
 
@@ -424,8 +439,12 @@ class Connection(asyncio.Protocol):
             self._close_timer = self._loop.call_later(timeout_s, self.abort)
 
 
-def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -> Response:
-    """200 with `text`."""
+def plain_response(
+    text: str,
+    content_type: str = "text/plain; charset=utf-8",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> Response:
+    """A whole answer with `text`."""
     body = text.encode()
     headers = Headers(
         {
@@ -436,7 +455,7 @@ def plain_response(text: str, content_type: str = "text/plain; charset=utf-8") -
             "Connection": "close",
         }
     )
-    return Response(200, "OK", headers, body)
+    return Response(status.value, status.phrase, headers, body)
 
 
 def _first_offered(_: ServerProtocol, subprotocols: Sequence[Subprotocol]) -> Subprotocol | None:

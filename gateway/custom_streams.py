@@ -18,7 +18,7 @@ from msgspec import Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest, LimitExceeded
-from broker.messages import Reply, Synced
+from broker.messages import Reply, Synced, Trace
 from broker.names import Group
 from broker.tasks import Tasks
 from gateway.functions import Functions
@@ -108,13 +108,14 @@ class CustomStreams:
 
         self._enqueue(group, work, answered)
 
-    def list_groups(self, stream: str, answered: Answered) -> None:
+    def list_groups(self, stream: str, answered: Answered, trace: Trace | None) -> None:
         """Ask the worker for the stream's groups."""
         self._invocations.call_within(
             TIMEOUT_S,
             _function_id("list_groups", stream),
             _encode({"stream_name": stream}),
             lambda result: answered(_as_answer(_passed_on(result))),
+            trace=trace,
         )
 
     def join(self, join: messages.Join, answered: Callable[[Answer | Unread], None]) -> None:
@@ -182,70 +183,87 @@ class CustomStreams:
         """
         match call:
             case messages.Get() if self.serves(group.stream, "get"):
-                return _passed_on_or_raise(await self._invoke("get", group, call.item_id, {}))
+                return _passed_on_or_raise(
+                    await self._invoke("get", group, call.item_id, {}, call.trace)
+                )
             case messages.List() if self.serves(group.stream, "list"):
-                values = _passed_on_or_raise(await self._invoke("list", group, None, {}))
+                values = _passed_on_or_raise(
+                    await self._invoke("list", group, None, {}, call.trace)
+                )
                 return _without_ids(values) if call.with_ids else values
             case messages.Set() if self.serves(group.stream, "set"):
-                return await self._set(group, call.item_id, call.data, b"")
+                return await self._set(group, call, call.data, b"")
             case messages.Delete() if self.serves(group.stream, "delete"):
-                return await self._delete(group, call.item_id)
+                return await self._delete(group, call)
             case messages.Update() if self.serves(group.stream, "update"):
                 ops = await self._ask_reply(group, messages.CheckOps(0, call.ops))
-                result = await self._invoke("update", group, call.item_id, {"ops": Raw(ops)})
+                more = {"ops": Raw(ops)}
+                result = await self._invoke("update", group, call.item_id, more, call.trace)
                 stored = _stored(result, "STREAM_UPDATE_ERROR", "Failed to update value")
-                return await self._publish_stored(group, call.item_id, stored)
+                return await self._publish_stored(group, call, stored)
             case messages.Update() if self._has_get_and_set(group.stream):
-                return await self._update(group, call.item_id, call.ops)
+                return await self._update(group, call)
             case _:
                 return (await self._ask(group, call)).result
 
     def _has_get_and_set(self, stream: str) -> bool:
         return self.serves(stream, "get") and self.serves(stream, "set")
 
-    async def _set(self, group: Group, item_id: str, data: bytes, errors: bytes) -> bytes:
-        result = await self._invoke("set", group, item_id, {"data": Raw(data)})
+    async def _set(
+        self, group: Group, call: messages.Set | messages.Update, data: bytes, errors: bytes
+    ) -> bytes:
+        more = {"data": Raw(data)}
+        result = await self._invoke("set", group, call.item_id, more, call.trace)
         stored = _stored(result, "STREAM_SET_ERROR", "Failed to set value")
         if errors:
             stored.errors = Raw(errors)
-        return await self._publish_stored(group, item_id, stored)
+        return await self._publish_stored(group, call, stored)
 
-    async def _delete(self, group: Group, item_id: str) -> bytes:
-        result = await self._invoke("delete", group, item_id, {})
+    async def _delete(self, group: Group, call: messages.Delete) -> bytes:
+        result = await self._invoke("delete", group, call.item_id, {}, call.trace)
         text = _result_text(result, "STREAM_DELETE_ERROR", "Failed to delete value")
         old = bytes(_converted(text, _Deleted).old_value)
         if old != b"null":
-            await self._ask(group, messages.Publish(0, *group, item_id, "delete", old))
+            publish = messages.Publish(0, *group, call.item_id, "delete", old, trace=call.trace)
+            await self._ask(group, publish)
         return b'{"old_value":' + old + b"}"
 
-    async def _update(self, group: Group, item_id: str, ops: bytes) -> bytes:
+    async def _update(self, group: Group, call: messages.Update) -> bytes:
         """An update of a stream whose worker has get and set, but no update."""
-        ops = await self._ask_reply(group, messages.CheckOps(0, ops))
-        result = await self._invoke("get", group, item_id, {})
+        ops = await self._ask_reply(group, messages.CheckOps(0, call.ops))
+        result = await self._invoke("get", group, call.item_id, {}, call.trace)
         if result.error is not None:
             raise _wrapped(result.error, "STREAM_UPDATE_ERROR", "Failed to update value")
         current = result.result if result.result != b"null" else None
         reply = await self._ask_reply(group, messages.ApplyOps(0, current, ops))
         applied = msgspec.json.decode(reply, type=dict[str, Raw])
         errors = bytes(applied.get("errors", Raw(b"")))
-        return await self._set(group, item_id, bytes(applied["new_value"]), errors)
+        return await self._set(group, call, bytes(applied["new_value"]), errors)
 
-    async def _publish_stored(self, group: Group, item_id: str, stored: _Stored) -> bytes:
+    async def _publish_stored(
+        self, group: Group, call: messages.Set | messages.Update, stored: _Stored
+    ) -> bytes:
         old, new = bytes(stored.old_value), bytes(stored.new_value)
         kind = "create" if old == b"null" else "update"
-        await self._ask(group, messages.Publish(0, *group, item_id, kind, new))
+        publish = messages.Publish(0, *group, call.item_id, kind, new, trace=call.trace)
+        await self._ask(group, publish)
         errors = bytes(stored.errors)
         tail = b"" if errors == b"null" else b',"errors":' + errors
         return b'{"old_value":' + old + b',"new_value":' + new + tail + b"}"
 
     async def _invoke(
-        self, function: str, group: Group, item_id: str | None, more: dict[str, Raw]
+        self,
+        function: str,
+        group: Group,
+        item_id: str | None,
+        more: dict[str, Raw],
+        trace: Trace | None = None,
     ) -> Result:
         fields: dict[str, object] = {"stream_name": group.stream, "group_id": group.group_id}
         if item_id is not None:
             fields["item_id"] = item_id
         return await self._invocations.call(
-            _function_id(function, group.stream), _encode(fields | more), TIMEOUT_S
+            _function_id(function, group.stream), _encode(fields | more), TIMEOUT_S, trace=trace
         )
 
     async def _ask(self, group: Group, call: _ShardCall) -> Reply:

@@ -36,6 +36,8 @@ BROKER_FUNCTIONS = {
     "broker::disconnect": "Close the connections of clients",
     "broker::items": "List the items of a stream group with their ids",
     "broker::members": "List the subscriptions of a stream group",
+    "broker::status": "Tell how the broker's processes are",
+    "broker::top": "List the streams and groups that are used most",
 }
 BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS | BROKER_FUNCTIONS
 """Ids and descriptions of the functions that the broker answers itself."""

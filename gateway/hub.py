@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
+from broker.hot import Hot
 from broker.messages import Event
 from broker.names import Group
 from gateway.websocket import text_frame
@@ -120,6 +121,8 @@ class Hub:
         self.events_total = 0
         self.deliveries_total = 0
         self.gaps_total = 0
+        self.hot = Hot[tuple[str, str]]()
+        """Deliveries by group; whoever owns the hub rotates it."""
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -152,6 +155,11 @@ class Hub:
         """The subscriptions of a group, in the order of their joins."""
         found = self._groups.get(group)
         return list(found.subscriptions) if found is not None else []
+
+    def count(self, group: tuple[str, str]) -> int:
+        """How many subscriptions a group has."""
+        found = self._groups.get(group)
+        return len(found.subscriptions) if found is not None else 0
 
     def position(self, group: tuple[str, str]) -> tuple[int, str] | None:
         """Up to where the live subscriptions of a group got its events; None without such."""
@@ -213,8 +221,10 @@ class Hub:
         if not self._turn:
             return
         turn, self._turn = self._turn, {}
-        for group in turn.values():
+        for key, group in turn.items():
+            before = self.deliveries_total
             self._flush(group)
+            self.hot.add(key, self.deliveries_total - before)
 
     def all_subscriptions(self) -> list[Subscription]:
         """Every subscription of every group."""

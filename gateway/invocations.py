@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from broker.errors import BrokerError, LimitExceeded
+from broker.messages import Trace
 from gateway.functions import Functions
 from gateway.worker_protocol import InvocationResult, error_text, invoke_function, present
 
@@ -71,7 +72,7 @@ class Invocations:
         self, functions: Functions[Executor], in_flight_max: int, patience_s: float
     ) -> None:
         self._functions = functions
-        self._in_flight_max = in_flight_max
+        self.in_flight_max = in_flight_max
         self._patience_s = patience_s
         self._pending: dict[str, Invocation] = {}
         self._by_executor: dict[Executor, dict[str, None]] = {}
@@ -79,11 +80,17 @@ class Invocations:
         self._impatient: dict[str, float] = {}  # until when an answer is waited for, in order
         self._sweeping = False
         self.invocations_total = 0
+        self.too_many_total = 0
         self.overloaded_total = 0
         self.resent_total = 0
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    @property
+    def patience(self) -> int:
+        """Calls whose answer is not waited for without end: those of triggers' handlers."""
+        return len(self._impatient)
 
     def active(self, worker: Executor) -> int:
         """Calls that the worker made or executes, and that are not answered."""
@@ -102,8 +109,7 @@ class Invocations:
         *,
         namespace: str = "default",
         caller: object = None,
-        traceparent: str | None = None,
-        baggage: str | None = None,
+        trace: Trace | None = None,
         metadata: bytes | None = None,
         resend: bool = False,
         patient: bool = True,
@@ -121,13 +127,13 @@ class Invocations:
             _ended(answered, not_found(function_id, namespace))
             return None
         made = self._by_caller.get(caller, ()) if caller is not None else ()
-        if len(made) >= self._in_flight_max:
-            self.overloaded_total += 1
+        if len(made) >= self.in_flight_max:
+            self.too_many_total += 1
             _ended(
                 answered,
                 LimitExceeded(
                     "too_many_calls",
-                    f"{self._in_flight_max} calls of this connection wait for an answer",
+                    f"{self.in_flight_max} calls of this connection wait for an answer",
                     retryable=True,
                 ),
             )
@@ -138,8 +144,8 @@ class Invocations:
             invocation_id,
             function_id,
             data,
-            traceparent=traceparent,
-            baggage=baggage,
+            traceparent=None if trace is None else trace.traceparent,
+            baggage=None if trace is None else trace.baggage,
             metadata=metadata,
         )
         if not executor.send_call(payload):
@@ -177,6 +183,7 @@ class Invocations:
         namespace: str = "default",
         metadata: bytes | None = None,
         resend: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         """`invoke` for the broker itself, with a limit on the wait for the answer."""
         loop = asyncio.get_running_loop()
@@ -188,7 +195,13 @@ class Invocations:
             answered(result)
 
         invocation_id = self.invoke(
-            function_id, data, ended, namespace=namespace, metadata=metadata, resend=resend
+            function_id,
+            data,
+            ended,
+            namespace=namespace,
+            trace=trace,
+            metadata=metadata,
+            resend=resend,
         )
         if invocation_id is not None:
             late = _late(function_id, timeout_s)
@@ -203,6 +216,7 @@ class Invocations:
         namespace: str = "default",
         metadata: bytes | None = None,
         resend: bool = False,
+        trace: Trace | None = None,
     ) -> Result:
         """`call_within`, awaited."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -219,6 +233,7 @@ class Invocations:
             namespace=namespace,
             metadata=metadata,
             resend=resend,
+            trace=trace,
         )
         return await future
 

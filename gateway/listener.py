@@ -15,10 +15,25 @@ from websockets.http11 import Request
 
 from broker import logs
 from broker.config import Limits
+from broker.label_counts import OTHER, LabelCounts
 from gateway.access import host_of
 from gateway.connection import CLOSE_STALLED_TIMEOUT_S, PAUSED_BY_STOP, Connection
 
 SWEEP_INTERVAL_S = 0.5
+REFUSALS = (
+    "address_limit",
+    "auth_unavailable",
+    "bad_request",
+    "connections_limit",
+    "not_found",
+    "not_ready",
+    "origin",
+    "timeout",
+    "unauthorized",
+)
+"""Why requests are refused."""
+CLOSE_CODES = ("1000", "1001", "1002", "1007", "1008", "1009", "4401", "4403", "4408")
+"""Of the broker's own close frames; others are peers' and workers' choices, and counted as one."""
 
 _log = logs.Log("listener")
 
@@ -42,7 +57,12 @@ class Listener(ABC):
         self.connections: set[Connection] = set()
         self.stopping = False
         self.connections_total = 0
-        self.refused_total: dict[str, int] = {}
+        self.refused_total = dict.fromkeys(REFUSALS, 0)
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.sent_messages = 0
+        self.paused_total = 0
+        self.closed_total = LabelCounts(["code"], [(code,) for code in CLOSE_CODES])
         self.dead_total = 0
         self.stalled_total = 0
         self.throttled_total = 0
@@ -89,8 +109,12 @@ class Listener(ABC):
 
     def refuse(self, connection: Connection, status: int, text: str, outcome: str) -> None:
         """Answer a request with an error and count it."""
-        self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
+        self.count_refused(outcome)
         connection.respond_text(status, text)
+
+    def count_refused(self, outcome: str) -> None:
+        """Count a request that was not granted."""
+        self.refused_total[outcome] = self.refused_total.get(outcome, 0) + 1
 
     def admit(self, connection: Connection, address: str) -> bool:
         """Count a connection that comes from `address`; refuse it when that has too many."""
@@ -112,7 +136,10 @@ class Listener(ABC):
     def connected(self, connection: Connection) -> None:
         self.connections_total += 1
         self.connections.add(connection)
-        if self.stopping or len(self.connections) > self.limits.connections_max:
+        if len(self.connections) > self.limits.connections_max:
+            self.count_refused("connections_limit")
+            connection.abort()
+        elif self.stopping:
             connection.abort()
 
     def send_soon(self, connection: Connection) -> None:
@@ -127,6 +154,8 @@ class Listener(ABC):
 
     def disconnected(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        if (code := connection.close_code) is not None:
+            self.closed_total.add(str(code) if str(code) in CLOSE_CODES else OTHER)
         self._pinged.pop(connection, None)
         if host := connection.counted_address:
             self._by_address[host] -= 1
@@ -162,6 +191,7 @@ class Listener(ABC):
                 not connection.requested
                 and now - connection.connected_at > limits.handshake_timeout_s
             ):
+                self.count_refused("timeout")
                 connection.abort()
 
     def _look_for_life(self, connection: Connection, now: float) -> None:

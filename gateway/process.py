@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,16 +14,22 @@ from broker import locks, logs, service
 from broker.config import Config
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
-from broker.metrics import SECONDS, Histogram, Metrics, by_label
+from broker.metrics import Metrics, by_label
+from broker.report import GatewayReport, LinkReport
 from broker.service import Ready, Service
+from broker.tracing import Kind, Span, Tracing
+from broker.vitals import Vitals
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
 from gateway.connection import PAUSED_BY_STOP
 from gateway.custom_streams import CustomStreams
+from gateway.fanout import FanOut
 from gateway.functions import Functions
 from gateway.hub import Hub
+from gateway.introspection import Introspection
 from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
+from gateway.metrics import add_clients, add_links, add_ports, add_workers
 from gateway.shard_links import ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
@@ -64,7 +70,9 @@ class Gateway:
         self.custom = CustomStreams(self.functions, self.invocations, self.links)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
-        self.fanout = Histogram(SECONDS)
+        self.fanout = FanOut(self.hub)
+        self.tracing: Tracing | None = None
+        self._fanouts: list[Span] = []  # of the events of this piece
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
         self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
         self.stream_port = StreamPort(
@@ -78,6 +86,7 @@ class Gateway:
             custom=self.custom,
             not_ready=self.not_ready,
         )
+        self.gateway_id = gateway_id
         self.broker_functions = BrokerFunctions(self.stream_port, gateway_id)
         self.worker_port = WorkerPort(
             limits,
@@ -90,10 +99,25 @@ class Gateway:
             broker_functions=self.broker_functions,
         )
 
-    def not_ready(self) -> str | None:
-        """Why not every shard answers, or None."""
-        missing = [str(link.shard) for link in self.links.links if not link.ready]
-        return f"shard {', '.join(missing)} does not answer" if missing else None
+    def use(self, settings: Config) -> None:
+        """Take over what `broker.service.reloaded` lets a running broker take over."""
+        limits = settings.limits
+        self.auth.function_id = settings.stream.auth_function
+        self.auth.limits = limits
+        self.triggers.timeout_s = limits.trigger_timeout_s
+        self.invocations.in_flight_max = limits.worker_calls_in_flight_max
+        self.stream_port.use_access(settings.stream_access)
+        self.worker_port.allowed_origins = settings.worker.allowed_origins
+        if settings.worker.token is not None:
+            self.worker_port.token = settings.worker.token
+        for port in (self.stream_port, self.worker_port):
+            port.limits = limits
+
+    def not_ready(self) -> list[str]:
+        """Why not everything works, a sentence each."""
+        return [
+            f"shard {link.shard} does not answer" for link in self.links.links if not link.ready
+        ]
 
     # What the links call.
 
@@ -104,7 +128,22 @@ class Gateway:
             link.tell(message)
         self.stream_port.shard_linked(shard)
 
+    def use_tracing(self, tracing: Tracing | None) -> None:
+        """Make spans, or none."""
+        self.tracing = self.stream_calls.tracing = self.triggers.tracing = tracing
+
     def event_received(self, shard: int, event: Event) -> None:
+        if self.tracing is not None and event.subscribed and event.trace is not None:
+            self._fanouts.append(
+                self.tracing.start(
+                    "fan-out",
+                    Kind.PRODUCER,
+                    event.trace,
+                    stream=event.stream,
+                    subscriptions=self.hub.count((event.stream, event.group_id)),
+                )
+            )
+        self.fanout.note(event)
         self.stream_port.event_received(shard, event)
         if event.triggers:
             self.triggers.fire_stream(event)
@@ -113,10 +152,11 @@ class Gateway:
         self.triggers.fire_left(left)
 
     def batch_received(self) -> None:
-        if self.hub.has_events:
-            began_at = time.perf_counter()
-            self.hub.flush()
-            self.fanout.observe(time.perf_counter() - began_at)
+        self.fanout.flush()
+        if self._fanouts:
+            for span in self._fanouts:
+                span.end()
+            self._fanouts.clear()
 
     def _tell_shards(self, message: Message) -> None:
         if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
@@ -146,7 +186,10 @@ async def serve(process: Service) -> None:
         metrics_ports.host, metrics_ports.port, "broker.metrics.port"
     )
     gateway = Gateway(settings)
-    metrics = MetricsServer(_metrics(gateway).registry)
+    gateway.use_tracing(process.tracing)
+    registry = _metrics(process, gateway)
+    introspection = _introspection(process, gateway, registry)
+    metrics = MetricsServer(registry.registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
     links = asyncio.create_task(gateway.links.run())
     await _wait_ready(process, gateway)
@@ -154,6 +197,7 @@ async def serve(process: Service) -> None:
     await gateway.worker_port.start(worker_socket, worker_tls)
     await gateway.stream_port.start(stream_socket, stream_tls)
     watchers = [asyncio.create_task(port.watch()) for port in ports]
+    watchers.append(asyncio.create_task(introspection.tell_shards()))
 
     def reload(settings: Config) -> None:
         access = settings.stream_access
@@ -163,9 +207,7 @@ async def serve(process: Service) -> None:
                 (worker_tls, settings.worker.tls, "broker.worker.tls"),
             ]
         )
-        gateway.auth.function_id = settings.stream.auth_function
-        for port in ports:
-            port.limits = settings.limits
+        gateway.use(settings)
 
     process.on_reload = reload
     if not process.stopping.is_set():
@@ -228,8 +270,50 @@ def _url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{service.url_host(host)}:{port}"
 
 
-def _metrics(gateway: Gateway) -> Metrics:
-    metrics = Metrics({})
+def _introspection(process: Service, gateway: Gateway, registry: Metrics) -> Introspection:
+    """What answers `broker::status` and `broker::top`."""
+    hub = gateway.hub
+    totals: dict[str, Callable[[], float]] = {
+        "calls": lambda: sum(gateway.stream_calls.calls_total.values()),
+        "events": lambda: hub.events_total,
+        "deliveries": lambda: hub.deliveries_total,
+        "invocations": lambda: gateway.invocations.invocations_total,
+        "connections": lambda: gateway.stream_port.connections_total,
+    }
+    vitals = Vitals(process.name, process.restarts, registry.lag, totals, hub.hot.rotate)
+
+    def report() -> GatewayReport:
+        return GatewayReport(
+            vitals.report(),
+            gateway.gateway_id,
+            clients=len(gateway.stream_port.clients),
+            workers=len(gateway.worker_port.workers),
+            subscriptions=hub.subscriptions,
+            groups=len(hub),
+            functions=len(gateway.functions),
+            invocations_pending=len(gateway.invocations),
+            links=[
+                LinkReport(
+                    link.shard, link.ready, link.in_flight, link.queue_bytes, link.links_total
+                )
+                for link in gateway.links.links
+            ],
+        )
+
+    introspection = Introspection(
+        gateway.gateway_id,
+        gateway.links,
+        hub,
+        report=report,
+        deliveries=hub.hot,
+        not_ready=gateway.not_ready,
+    )
+    gateway.broker_functions.extend(introspection.functions)
+    return introspection
+
+
+def _metrics(process: Service, gateway: Gateway) -> Metrics:
+    metrics = Metrics({}, process.restarts, lambda: process.config.limits)
     ports = (gateway.stream_port, gateway.worker_port)
     triggers, hub, links = gateway.triggers, gateway.hub, gateway.links.links
     stream = gateway.stream_port
@@ -305,11 +389,6 @@ def _metrics(gateway: Gateway) -> Metrics:
             for function, histogram in gateway.stream_calls.durations.items()
         ],
     )
-    metrics.histogram(
-        "event_fanout_seconds",
-        "Handing the events that came in one piece to all subscribers.",
-        gateway.fanout,
-    )
     metrics.counter(
         "invocations",
         "Calls sent to workers.",
@@ -334,11 +413,6 @@ def _metrics(gateway: Gateway) -> Metrics:
         "invocations_resent",
         "Calls sent again because the worker that had them left.",
         lambda: gateway.invocations.resent_total,
-    )
-    metrics.counter(
-        "invocations_refused",
-        "Calls refused because too many wait.",
-        lambda: gateway.invocations.overloaded_total,
     )
     metrics.counter(
         "worker_messages",
@@ -412,6 +486,15 @@ def _metrics(gateway: Gateway) -> Metrics:
         "Calls refused because too much waits to be sent to the shard.",
         lambda: [({"shard": str(link.shard)}, link.refused_total) for link in links],
     )
+    metrics.counters(
+        "stream_call_failures",
+        "Calls of stream functions answered with an error, by its code.",
+        gateway.stream_calls.failures_total.samples,
+    )
+    add_ports(metrics, ports)
+    add_clients(metrics, stream, gateway.fanout)
+    add_workers(metrics, gateway.invocations, triggers)
+    add_links(metrics, links)
     return metrics
 
 

@@ -78,6 +78,10 @@ class ShardLinks:
         """The link to the shard that owns `group`."""
         return self.links[shard_of(group, len(self.links))]
 
+    def shard_of(self, group: tuple[str, str]) -> int:
+        """The number of the shard that owns `group`."""
+        return shard_of(Group(*group), len(self.links))
+
     @property
     def ready(self) -> bool:
         """Whether every shard is linked."""
@@ -122,6 +126,8 @@ class ShardLink:
         self.ready = False
         self.links_total = 0
         self.refused_total = 0
+        self.overflows_total = 0
+        self._before = (0, 0)  # bytes of links that are over
 
     @property
     def in_flight(self) -> int:
@@ -132,6 +138,16 @@ class ShardLink:
     def queue_bytes(self) -> int:
         """Bytes that the shard has not taken yet."""
         return self._link.queue_bytes if self._link else 0
+
+    @property
+    def received_bytes(self) -> int:
+        """From the shard, over all links so far."""
+        return self._before[0] + (self._link.received_bytes if self._link else 0)
+
+    @property
+    def sent_bytes(self) -> int:
+        """To the shard, likewise."""
+        return self._before[1] + (self._link.sent_bytes if self._link else 0)
 
     def next_call_id(self) -> int:
         """An id for a message that `call` is given."""
@@ -237,6 +253,8 @@ class ShardLink:
     def link_lost(self, link: Link[ToGateway], reason: str) -> None:
         if self.ready:
             _log.warning("link_lost", shard=self.shard, reason=reason)
+        self._before = (self.received_bytes, self.sent_bytes)
+        self.overflows_total += link.overflowed
         self._link = None
         self.ready = False
         self._lost.set()

@@ -15,14 +15,18 @@ from msgspec import Meta, Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
-from broker.messages import Reply
+from broker.label_counts import OTHER, LabelCounts
+from broker.messages import Reply, Trace
 from broker.metrics import SECONDS, Histogram
 from broker.names import Group, check_name
+from broker.tracing import Kind, Span, Tracing
 from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
 MEASURED_EACH = 8
+FAILURES = ("deserialization_error", "overloaded", "shard_unavailable", OTHER)
+"""Codes that are exposed from the start, of every function."""
 HISTORY_LIMIT_MAX = 1000
 """Events that one `stream::history` may ask for."""
 
@@ -88,11 +92,19 @@ class StreamCalls:
         self.calls_total = dict.fromkeys(self._functions, 0)
         self.durations = {function: Histogram(SECONDS) for function in self._functions}
         """Of one call in `MEASURED_EACH`."""
+        self.failures_total = LabelCounts(
+            ["function", "code"], [(f, c) for f in self._functions for c in FAILURES]
+        )
+        self.tracing: Tracing | None = None
+        self._trace: Trace | None = None  # of the call that is being made
 
-    def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
+    def call(
+        self, function_id: str, data: bytes, answered: Answered, trace: Trace | None = None
+    ) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`.
 
-        Calls on one group take effect in the order in which they were made here.
+        Calls on one group take effect in the order in which they were made here. What they cause
+        gets `trace`.
         """
         function = self._functions.get(function_id)
         if function is None:
@@ -100,11 +112,20 @@ class StreamCalls:
         self.calls_total[function_id] += 1
         if not self.calls_total[function_id] % MEASURED_EACH:
             answered = partial(self._measured, function_id, time.perf_counter(), answered)
+        if self.tracing is not None:
+            span = self.tracing.start(function_id, Kind.SERVER, trace)
+            trace, answered = span.trace, partial(_traced, span, answered)
+        self._trace = trace
         try:
             function(b"{}" if data == b"null" else data, answered)
         except InvalidRequest as refusal:
             answered(refusal)
         return True
+
+    def count_failure(self, function_id: str, code: str) -> None:
+        """A call was answered with an error; nothing if the function is not one of these."""
+        if function_id in self._functions:
+            self.failures_total.add(function_id, code)
 
     def _measured(
         self, function_id: str, began_at: float, answered: Answered, answer: Answer
@@ -158,7 +179,7 @@ class StreamCalls:
         check_name("stream_name", stream, self._name_bytes_max)
 
         if self._custom.serves(stream, "list_groups"):
-            self._custom.list_groups(stream, answered)
+            self._custom.list_groups(stream, answered, self._trace)
             return
 
         def merged(results: list[bytes]) -> bytes:
@@ -172,6 +193,7 @@ class StreamCalls:
 
     def _ask(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Ask the shard that owns the group, or the worker that stores the stream."""
+        call.trace = self._trace
         if self._custom.takes(group):
             self._custom.call(group, call, answered)
         else:
@@ -218,6 +240,11 @@ class StreamCalls:
             check_name("group_id", group_id, bytes_max)
             check_name("item_id", item_id, bytes_max)
         return Group(stream, group_id)
+
+
+def _traced(span: Span, answered: Answered, answer: Answer) -> None:
+    span.end(answer.code if isinstance(answer, BrokerError) else None)
+    answered(answer)
 
 
 _set_decoder = msgspec.json.Decoder(_Set)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import assert_never
 
 from websockets.http11 import Request
 
-from broker import logs, messages
+from broker import health, logs, messages
 from broker.config import Limits, StreamAccess
 from broker.errors import BrokerError, InvalidRequest, ShardUnavailable
 from broker.messages import Event, Synced
@@ -75,7 +75,7 @@ class StreamPort(Listener):
         leaves: Leaves,
         links: ShardLinks,
         custom: CustomStreams,
-        not_ready: Callable[[], str | None],
+        not_ready: health.NotReady,
     ) -> None:
         super().__init__(
             "stream",
@@ -91,19 +91,25 @@ class StreamPort(Listener):
         self.links = links
         self.custom = custom
         self._not_ready = not_ready
-        self._allowed_origins = access.allowed_origins
-        self._proxies = Proxies(access.trusted_proxies)
+        self.use_access(access)
         self.tasks = Tasks()
         self.clients: dict[int, Client] = {}
         """By number, in the order in which they came."""
         self.clients_total = 0
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
+        self.messages_total = 0
+        self.resyncs_total = 0
         self.bad_messages_total = 0
         self.behind_total = 0
         self.expired_total = 0
         self.resumed_total = 0
         self.conflated_total = 0
         self.frames_dropped_total = 0
+
+    def use_access(self, access: StreamAccess) -> None:
+        """Let in, from now on, by these origins and proxies."""
+        self._allowed_origins = access.allowed_origins
+        self._proxies = Proxies(access.trusted_proxies)
 
     # Requests.
 
@@ -121,7 +127,7 @@ class StreamPort(Listener):
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
             return
         if (response := connection.check_handshake(request)) is not None:
-            self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
+            self.count_refused("bad_request")
             connection.respond(response)
             return
         address = self._proxies.client_address(request.headers, connection.remote_address)
@@ -167,12 +173,11 @@ class StreamPort(Listener):
         elif path == "/client.js":
             text = _CLIENT_FILE.read_text(encoding="utf-8")  # small, and the system caches it
             connection.respond(plain_response(text, "text/javascript; charset=utf-8"))
-        elif path == "/readyz" and (reason := self._not_ready()) is not None:
-            self.refuse(
-                connection, HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {reason}\n", "not_ready"
-            )
         else:
-            connection.respond(plain_response("ok\n"))
+            status, body = health.answer(path, self._not_ready)
+            if status is not HTTPStatus.OK:
+                self.count_refused("not_ready")
+            connection.respond(plain_response(body.decode(), health.CONTENT_TYPE, status))
 
     # What shards say.
 
@@ -347,11 +352,13 @@ class Client:
                 self.sync(subscription)
 
     def message_received(self, text: bytes) -> None:
+        self._port.messages_total += 1
         self._inbox.append(text)
         if not self._handling:
             self._handle_inbox()
         elif len(self._inbox) >= INBOX_MAX and not self._inbox_full:
             self._inbox_full = True
+            self._port.paused_total += 1
             self._connection.pause_reading(PAUSED_BY_WORK)
 
     def closed(self) -> None:
@@ -421,6 +428,7 @@ class Client:
             self._check(joins[0])
         except InvalidRequest as error:
             self._port.bad_messages_total += 1
+            self._port.joins_total["refused"] += 1
             self._tell(wire.join_error(error, joins[0]))
         else:
             self._join(joins[0])
@@ -542,6 +550,7 @@ class Client:
         """Ask for a snapshot, or for what was missed since the position of the join; the
         subscription is live when it comes, if it is not yet."""
         if subscription.state is State.BEHIND:
+            self._port.resyncs_total += 1
             subscription.state = State.JOINING
         answered = partial(self._synced, subscription)
         group = subscription.group
@@ -626,4 +635,4 @@ class Client:
 
 
 _NOT_NOW = (Outcome.UNAVAILABLE, Outcome.OVERLOADED)
-_PAGES = ("/", "/client.js", "/healthz", "/readyz")
+_PAGES = ("/", "/client.js", *health.PATHS)

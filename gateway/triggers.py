@@ -15,7 +15,16 @@ import msgspec
 
 from broker import logs
 from broker.errors import InvalidRequest
-from broker.messages import AddLeaveTrigger, AddTrigger, Event, Left, Message, RemoveTrigger
+from broker.messages import (
+    AddLeaveTrigger,
+    AddTrigger,
+    Event,
+    Left,
+    Message,
+    RemoveTrigger,
+    Trace,
+)
+from broker.tracing import Kind, Span, Tracing
 from gateway.decoding import located
 from gateway.invocations import Executor, Invocations, Result
 from gateway.worker_protocol import (
@@ -43,6 +52,10 @@ CONDITIONS_WAITING_MAX = 1000
 """Events of one trigger and group that wait for its condition; later ones are dropped."""
 
 _log = logs.Log("triggers")
+
+
+_Waiting = tuple[bytes, Trace | None]
+"""An event's payload, and the trace that it is part of."""
 
 
 class Worker(Executor, Protocol):
@@ -120,11 +133,13 @@ class Triggers:
     ) -> None:
         self._invocations = invocations
         self._tell_shards = tell_shards
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._triggers: dict[str, Trigger] = {}
         self._by_type: dict[str, dict[str, Trigger]] = {}
         self._types: dict[str, TriggerType] = {}
-        self._waiting: dict[tuple[str, str, str], deque[bytes]] = {}
+        self._waiting: dict[tuple[str, str, str], deque[_Waiting]] = {}
+        self.tracing: Tracing | None = None
+        self.conditions_total = 0
         self.outcomes_total = {
             "fired": 0,
             "failed": 0,
@@ -234,6 +249,11 @@ class Triggers:
         """Whether events wait for conditions."""
         return bool(self._waiting)
 
+    @property
+    def events_waiting(self) -> int:
+        """How many."""
+        return sum(map(len, self._waiting.values()))
+
     def messages_for_shard(self) -> list[AddTrigger | AddLeaveTrigger]:
         """All that a shard has to know, in order of registration."""
         return [
@@ -246,7 +266,7 @@ class Triggers:
         for trigger_id in event.triggers:
             trigger = self._triggers.get(trigger_id)
             if trigger is not None:
-                self._fire(trigger, event.stream, event.group_id, event.payload)
+                self._fire(trigger, event.stream, event.group_id, event.payload, event.trace)
 
     def fire_engine(self, trigger_type: str, data: bytes) -> None:
         """Invoke every trigger of an `engine::` type."""
@@ -283,6 +303,7 @@ class Triggers:
     async def _asked(self, trigger: Trigger, payload: bytes) -> bool:
         condition = trigger.parsed.condition_function_id if trigger.parsed else None
         if condition is not None:
+            self.conditions_total += 1
             answer = await self._call(condition, trigger.namespace, payload, None)
             if answer.error is not None:
                 self.outcomes_total["condition_failed"] += 1
@@ -308,62 +329,79 @@ class Triggers:
         return await self._invocations.call(
             function_id,
             data,
-            self._timeout_s,
+            self.timeout_s,
             namespace=namespace,
             metadata=metadata,
             resend=True,
         )
 
-    def _fire(self, trigger: Trigger, stream: str, group_id: str, payload: bytes) -> None:
+    def _fire(
+        self,
+        trigger: Trigger,
+        stream: str,
+        group_id: str,
+        payload: bytes,
+        trace: Trace | None = None,
+    ) -> None:
         condition = trigger.parsed.condition_function_id if trigger.parsed else None
         if condition is None:
-            self._invoke(trigger, payload)
+            self._invoke(trigger, payload, trace)
             return
         key = (trigger.id, stream, group_id)
         waiting = self._waiting.setdefault(key, deque())
         if len(waiting) >= CONDITIONS_WAITING_MAX:
             self.outcomes_total["dropped"] += 1
             return
-        waiting.append(payload)
+        waiting.append((payload, trace))
         if len(waiting) == 1:
             self._ask_condition(trigger, condition, key)
 
     def _ask_condition(self, trigger: Trigger, condition: str, key: tuple[str, str, str]) -> None:
         """Ask about the first event that waits; the others wait for its answer, to keep order."""
+        payload, trace = self._waiting[key][0]
+        self.conditions_total += 1
         self._invocations.call_within(
-            self._timeout_s,
+            self.timeout_s,
             condition,
-            self._waiting[key][0],
+            payload,
             partial(self._condition_answered, trigger, condition, key),
             namespace=trigger.namespace,
             resend=True,
+            trace=trace,
         )
 
     def _condition_answered(
         self, trigger: Trigger, condition: str, key: tuple[str, str, str], answer: Result
     ) -> None:
         waiting = self._waiting[key]
-        payload = waiting.popleft()
+        payload, trace = waiting.popleft()
         if answer.error is not None:
             self.outcomes_total["condition_failed"] += 1
             _log.warning("condition_failed", id=trigger.id, function=condition)
         elif answer.result == b"false":
             self.outcomes_total["skipped"] += 1
         elif trigger.type == LEAVE or self._triggers.get(trigger.id) is trigger:
-            self._invoke(trigger, payload)
+            self._invoke(trigger, payload, trace)
         if not waiting:
             del self._waiting[key]
         else:  # not from here: answers that come at once would nest
             asyncio.get_running_loop().call_soon(self._ask_condition, trigger, condition, key)
 
-    def _invoke(self, trigger: Trigger, data: bytes) -> None:
+    def _invoke(self, trigger: Trigger, data: bytes, trace: Trace | None = None) -> None:
         self.outcomes_total["fired"] += 1
+        handled: Callable[[Result], None] = partial(self._handled, trigger)
+        if self.tracing is not None and trace is not None:
+            span = self.tracing.start(
+                f"trigger {trigger.function_id}", Kind.PRODUCER, trace, trigger=trigger.id
+            )
+            trace, handled = span.trace, partial(_traced, span, handled)
         self._invocations.invoke(
             trigger.function_id,
             data,
-            partial(self._handled, trigger),
+            handled,
             namespace=trigger.namespace,
             caller=None if trigger.type == LEAVE else trigger,  # each leave is told
+            trace=trace,
             metadata=trigger.metadata,
             resend=True,
             patient=False,
@@ -403,6 +441,11 @@ class Triggers:
             self._tell_shards(RemoveTrigger(trigger.id))
         elif trigger.provider is not None:
             trigger.provider.send(unregister_trigger(trigger.id, trigger.type))
+
+
+def _traced(span: Span, handled: Callable[[Result], None], result: Result) -> None:
+    span.end(None if result.error is None else "handler_failed")
+    handled(result)
 
 
 def _parse(trigger: Trigger) -> StreamConfig | JoinConfig | None:

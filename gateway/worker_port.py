@@ -21,7 +21,7 @@ from websockets.http11 import Request
 from broker import logs
 from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest
-from broker.messages import Reply
+from broker.messages import Reply, Trace
 from gateway import worker_protocol as wire
 from gateway.access import origin_allowed, token_given
 from gateway.broker_functions import BrokerFunctions
@@ -68,8 +68,8 @@ class WorkerPort(Listener):
             limits.worker_send_queue_bytes_max,
             CloseCode.POLICY_VIOLATION,
         )
-        self._allowed_origins = allowed_origins
-        self._token = token
+        self.allowed_origins = allowed_origins
+        self.token = token
         self.functions = functions
         self.invocations = invocations
         self.triggers = triggers
@@ -86,15 +86,15 @@ class WorkerPort(Listener):
         path = request.path.partition("?")[0]
         if path not in ("/", "/otel"):
             self.refuse(connection, HTTPStatus.NOT_FOUND, "", "not_found")
-        elif not origin_allowed(request.headers, self._allowed_origins):
+        elif not origin_allowed(request.headers, self.allowed_origins):
             # Any web page can reach its visitor's loopback.
             self.refuse(connection, HTTPStatus.FORBIDDEN, "origin not allowed\n", "origin")
-        elif path == "/" and self._token and not token_given(request.headers, self._token):
+        elif path == "/" and self.token and not token_given(request.headers, self.token):
             # Not for telemetry: there is nothing to be had, and not every SDK sends it there.
             text = "send the worker token as Authorization: Bearer\n"
             self.refuse(connection, HTTPStatus.UNAUTHORIZED, text, "unauthorized")
         elif (response := connection.check_handshake(request)) is not None:
-            self.refused_total["bad_request"] = self.refused_total.get("bad_request", 0) + 1
+            self.count_refused("bad_request")
             connection.respond(response)
         elif not self.admit(connection, connection.remote_address):
             pass
@@ -253,10 +253,14 @@ class Worker:
             return
         self._stream_calls += 1
         if self._port.stream_calls.call(
-            call.function_id, bytes(call.data), partial(self._stream_answered, call)
+            call.function_id,
+            bytes(call.data),
+            partial(self._stream_answered, call),
+            _trace_of(call),
         ):
             if self._stream_calls >= STREAM_CALLS_MAX and not self._reading_paused:
                 self._reading_paused = True
+                self._port.paused_total += 1
                 self._connection.pause_reading(PAUSED_BY_WORK)
             return
         self._stream_calls -= 1
@@ -281,6 +285,7 @@ class Worker:
             self._answer_result(call, answer.result)
         else:
             assert isinstance(answer, BrokerError), "only joins are answered with a sync"
+            self._port.stream_calls.count_failure(call.function_id, answer.code)
             self._answer_error(call, wire.error_text(answer))
 
     def _read_on(self) -> None:
@@ -304,8 +309,7 @@ class Worker:
             answered,
             namespace=call.namespace if call.namespace is not None else "default",
             caller=self,
-            traceparent=call.traceparent,
-            baggage=call.baggage,
+            trace=_trace_of(call),
             metadata=wire.present(call.metadata),
         )
 
@@ -369,6 +373,12 @@ class Worker:
         port.availability.functions_changed()
         port.availability.worker("worker_disconnected", self.worker_id)
         _log.info("worker_disconnected", id=self.worker_id)
+
+
+def _trace_of(call: wire.InvokeFunction) -> Trace | None:
+    if call.traceparent is None and call.baggage is None:
+        return None
+    return Trace(call.traceparent, call.baggage)
 
 
 def _refusal(call: wire.InvokeFunction) -> BrokerError | None:

@@ -17,6 +17,7 @@ from broker.errors import StorageError
 from broker.metrics import SECONDS, SIZES, Histogram
 from broker.tasks import Tasks
 from shards.group import Operation
+from shards.hot_groups import HotGroups
 from shards.storage.base import Settled, Storage
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Committer(Generic[T]):
         self.operations_total = 0
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
+        self.hot = HotGroups()
 
     def add(self, operation: Operation, asker: T) -> None:
         """Queue `operation`; it starts with the next `start`."""
@@ -110,6 +112,7 @@ class Committer(Generic[T]):
             self.sizes.observe(len(batch))
             lane.executing, lane.settled_at_once = True, False
             operations = [operation for operation, _ in batch]
+            self.hot.add(lane.stream, operations)
             settle = partial(self._settled, lane, batch, time.perf_counter())
             self._storage.execute(lane.stream, operations, settle)
             lane.executing = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,16 +19,20 @@ from broker.link import Link
 from broker.link_protocol import shard_reader
 from broker.metrics import Metrics, by_label
 from broker.service import Ready, Service
+from broker.vitals import Vitals
 from shards import manifest
 from shards.group import Change
 from shards.history import HistoryLimits
+from shards.introspection import Introspection
 from shards.leases import Leases
+from shards.metrics import add_files, add_links, add_store, add_top_streams, store_report
 from shards.requests import GatewayLink, Requests
 from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.redis import RedisStorage
 from shards.storage.redis_changes import RemoteChange
 from shards.storage.sqlite import SqliteStorage
+from shards.storage.survey import Survey
 
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
 
@@ -63,6 +69,19 @@ async def serve(process: Service) -> None:
     await storage.open()
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
+    registry = _metrics(process, requests, storage)
+    survey = Survey(storage.directory) if isinstance(storage, SqliteStorage) else None
+    known = storage if isinstance(storage, MemoryStorage) else None
+    report = partial(store_report, known, survey)
+    add_store(registry, report)
+    add_links(registry, requests)
+    add_top_streams(registry, requests, settings.metrics.top_streams, time.monotonic)
+    if isinstance(storage, SqliteStorage) and survey is not None:
+        add_files(registry, storage, survey)
+    rotate = requests.committer.hot.rotate
+    vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
+    Introspection(index, requests, vitals, report)
+    requests.tracing = process.tracing
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(
@@ -74,14 +93,17 @@ async def serve(process: Service) -> None:
         ),
         sock=listener,
     )
-    metrics = MetricsServer(_metrics(index, requests, storage).registry)
+    metrics = MetricsServer(registry.registry, requests.not_ready)
     host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
+    surveying = None if survey is None else asyncio.create_task(survey.run())
     _log.info("shard_started", socket=socket_path, metrics_port=port)
     await process.stopping.wait()
     server.close()
     metrics.close()
+    if surveying is not None:
+        surveying.cancel()
     await _drain(requests, settings.limits.stop_timeout_s)
     await storage.close()
     socket_path.unlink(missing_ok=True)
@@ -136,8 +158,21 @@ async def _drain(requests: Requests, timeout_s: float) -> None:
         _log.warning("drain_timed_out", waiting=requests.committer.waiting)
 
 
-def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
-    metrics = Metrics({"shard": str(index)})
+def _totals(requests: Requests) -> dict[str, Callable[[], float]]:
+    """What is told of as rates."""
+    return {
+        "calls": lambda: sum(requests.calls_total.values()),
+        "operations": lambda: requests.committer.operations_total,
+        "batches": lambda: requests.committer.batches_total,
+        "events": lambda: requests.events_total,
+        "triggers": lambda: requests.triggers_fired_total,
+        "failures": lambda: requests.failures_total.total,
+    }
+
+
+def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
+    limits = lambda: process.config.limits  # noqa: E731
+    metrics = Metrics({"shard": str(process.index)}, process.restarts, limits)
     committer = requests.committer
     metrics.counters(
         "calls",
@@ -146,8 +181,8 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
     )
     metrics.counters(
         "call_failures",
-        "Calls answered with an error, by its code.",
-        lambda: by_label("code", requests.failures_total),
+        "Calls answered with an error, by function and the error's code.",
+        requests.failures_total.samples,
     )
     metrics.counter(
         "commit_batches", "Batches handed to the storage.", lambda: committer.batches_total

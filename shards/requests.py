@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import msgspec
 
 from broker import logs, messages
 from broker.errors import BrokerError, StorageError
+from broker.label_counts import LabelCounts
 from broker.link import Link
-from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
+from broker.messages import Event, Failure, Reply, Synced, ToShard, Trace, Welcome
 from broker.names import Group
 from broker.tasks import Tasks
+from broker.tracing import Kind as SpanKind
+from broker.tracing import Span, Tracing
 from shards import update_ops
 from shards.committer import Committer
 from shards.events import event_payload, past_payload, resume_payload, sync_payload
-from shards.group import Change, GroupState, Head, Kind, Operation, Past, Resumed, Snapshot
+from shards.group import (
+    Change,
+    GroupState,
+    Head,
+    Kind,
+    Operation,
+    Outcome,
+    Past,
+    Resumed,
+    Snapshot,
+)
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
 from shards.triggers import Triggers
@@ -41,7 +54,22 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
 }
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
 
+_Call = Operation | messages.ListGroups | messages.ListAll | messages.CheckOps | messages.ApplyOps
+_SPANNING = (messages.ListGroups, messages.ListAll)
+
+_READS = (messages.Get, messages.List, messages.Join, messages.ReadHistory)
+
 GatewayLink = Link[ToShard]
+
+
+class Reporter(Protocol):
+    """What tells of the shard, and hears how gateways are."""
+
+    def status(self) -> bytes: ...
+
+    def top(self, limit: int) -> bytes: ...
+
+    def told(self, link: GatewayLink, payload: bytes) -> None: ...
 
 
 class Requests:
@@ -59,15 +87,40 @@ class Requests:
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
         self._tasks = Tasks()
+        self.reporter: Reporter | None = None
+        self.tracing: Tracing | None = None
+        self._spans: dict[Trace, Span] = {}
         self.events_total = 0
         self.triggers_fired_total = 0
-        self.failures_total: dict[str, int] = {}
-        self.calls_total: dict[str, int] = {}
+        self.failures_total = LabelCounts(
+            ["function", "code"],
+            [(kind.__name__, code) for kind, (code, _) in _FAILURES.items()]
+            + [(kind.__name__, "overloaded") for kind in _FAILURES],
+        )
+        self.calls_total = dict.fromkeys((kind.__name__ for kind in (*_FAILURES, *_SPANNING)), 0)
+        self.overflows_total = 0
+        self._before = [0, 0]  # bytes of links that are over
 
     @property
     def links(self) -> list[GatewayLink]:
         """The links that are made."""
         return list(self._links)
+
+    @property
+    def received_bytes(self) -> int:
+        """From gateways, over all links so far."""
+        return self._before[0] + sum(link.received_bytes for link in self._links)
+
+    @property
+    def sent_bytes(self) -> int:
+        """To gateways, likewise."""
+        return self._before[1] + sum(link.sent_bytes for link in self._links)
+
+    def not_ready(self) -> list[str]:
+        """Why not every call can be taken, a sentence each."""
+        if self.committer.waiting < WAITING_MAX:
+            return []
+        return [f"{WAITING_MAX} operations wait, further ones are refused"]
 
     def link_made(self, link: GatewayLink) -> None:
         self._links[link] = set()
@@ -75,6 +128,9 @@ class Requests:
     def link_lost(self, link: GatewayLink, reason: str) -> None:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
+        self._before[0] += link.received_bytes
+        self._before[1] += link.sent_bytes
+        self.overflows_total += link.overflowed
         self.triggers.remove_all(link)
         loop = asyncio.get_running_loop()
         for due_at in self.leases.gateway_lost(link, loop.time()):
@@ -104,8 +160,10 @@ class Requests:
                 | messages.ReadHistory()
             ):
                 self._count_call(message)
+                if self.tracing is not None:
+                    self._begin_span(message)
                 if self.committer.waiting >= WAITING_MAX:
-                    self._fail(link, message.call_id, _overloaded())
+                    self._fail(link, message, _overloaded())
                 else:
                     self.committer.add(message, link)
             case messages.Leave():
@@ -138,6 +196,8 @@ class Requests:
                     link.send(left)
             case messages.Heartbeat():
                 link.send(message)
+            case messages.AskStatus() | messages.AskTop() | messages.GatewayTells():
+                self._report(link, message)
             case messages.Hello():
                 if message.version != messages.VERSION:
                     link.cut(f"the gateway speaks version {message.version} of the link")
@@ -149,6 +209,8 @@ class Requests:
 
     def _settle(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
         outcome, group = settled
+        if self._spans:
+            self._end_span(operation, outcome)
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
                 code, what = _FAILURES[type(operation)]
@@ -156,7 +218,7 @@ class Requests:
                 outcome = StorageError(
                     code, f"{what}: {outcome.message}", retryable=outcome.retryable
                 )
-            self._fail(link, operation.call_id, outcome)
+            self._fail(link, operation, outcome)
             return
         assert group is not None, "a group comes with every outcome but a StorageError"
         if isinstance(outcome, Snapshot | Resumed):
@@ -168,7 +230,7 @@ class Requests:
             return
         link.send(Reply(operation.call_id, outcome.result))
         if outcome.change is not None:
-            self._publish(operation.stream, group, outcome.change)
+            self._publish(operation.stream, group, outcome.change, operation.trace)
 
     def _joined(
         self,
@@ -198,7 +260,9 @@ class Requests:
         """Tell a change that another broker made on the same storage."""
         self._publish(stream, GroupState(stream, group_id, Head("")), change)
 
-    def _publish(self, stream: str, group: GroupState, change: Change) -> None:
+    def _publish(
+        self, stream: str, group: GroupState, change: Change, trace: Trace | None = None
+    ) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""
         group_id = group.group_id
         interested = self._interested.get((stream, group_id), ())
@@ -220,6 +284,7 @@ class Requests:
                     link in interested,
                     triggers,
                     change.kind is Kind.EVENT,
+                    trace=trace,
                 )
             )
 
@@ -234,7 +299,7 @@ class Requests:
         try:
             groups = await self.committer.groups(call.stream)
         except StorageError as error:
-            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
+            self._fail(link, call, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
         else:
             link.send(Reply(call.call_id, msgspec.json.encode(groups)))
 
@@ -245,7 +310,7 @@ class Requests:
                 if groups := await self.committer.groups(stream):
                     found[stream] = groups
         except StorageError as error:
-            self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
+            self._fail(link, call, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
         else:
             link.send(Reply(call.call_id, msgspec.json.encode(found)))
 
@@ -253,7 +318,7 @@ class Requests:
         try:
             ops = update_ops.parse_ops(call.ops)
         except BrokerError as error:
-            self._fail(link, call.call_id, error)
+            self._fail(link, call, error)
         else:
             link.send(Reply(call.call_id, update_ops.ops_text(ops)))
 
@@ -261,20 +326,49 @@ class Requests:
         try:
             outcome = update_ops.apply_ops(call.current, update_ops.parse_ops(call.ops))
         except BrokerError as error:
-            self._fail(link, call.call_id, error)
+            self._fail(link, call, error)
         else:
             result: dict[str, object] = {"new_value": msgspec.Raw(outcome.value)}
             if outcome.errors:
                 result["errors"] = outcome.errors
             link.send(Reply(call.call_id, msgspec.json.encode(result)))
 
-    def _fail(self, link: GatewayLink, call_id: int, error: BrokerError) -> None:
-        self.failures_total[error.code] = self.failures_total.get(error.code, 0) + 1
-        link.send(Failure(call_id, error.code, error.message, error.field, error.retryable))
+    def _report(
+        self, link: GatewayLink, asked: messages.AskStatus | messages.AskTop | messages.GatewayTells
+    ) -> None:
+        assert self.reporter is not None, "set before the shard listens"
+        match asked:
+            case messages.AskStatus():
+                link.send(Reply(asked.call_id, self.reporter.status()))
+            case messages.AskTop():
+                link.send(Reply(asked.call_id, self.reporter.top(asked.limit)))
+            case messages.GatewayTells():
+                self.reporter.told(link, asked.report)
+            case _:
+                assert_never(asked)
 
-    def _count_call(self, call: ToShard) -> None:
-        name = type(call).__name__
-        self.calls_total[name] = self.calls_total.get(name, 0) + 1
+    # Spans, of calls that are part of a trace.
+
+    def _begin_span(self, operation: Operation) -> None:
+        assert self.tracing is not None, "the caller looked"
+        if operation.trace is not None and self.committer.waiting < WAITING_MAX:
+            name = "read" if isinstance(operation, _READS) else "commit"
+            span = self.tracing.start(
+                name, SpanKind.INTERNAL, operation.trace, shard=self._shard, stream=operation.stream
+            )
+            operation.trace = span.trace  # what it causes hangs below
+            self._spans[span.trace] = span
+
+    def _end_span(self, operation: Operation, outcome: Outcome | StorageError) -> None:
+        if operation.trace is not None and (span := self._spans.pop(operation.trace, None)):
+            span.end(outcome.code if isinstance(outcome, BrokerError) else None)
+
+    def _fail(self, link: GatewayLink, call: _Call, error: BrokerError) -> None:
+        self.failures_total.add(type(call).__name__, error.code)
+        link.send(Failure(call.call_id, error.code, error.message, error.field, error.retryable))
+
+    def _count_call(self, call: Operation | messages.ListGroups | messages.ListAll) -> None:
+        self.calls_total[type(call).__name__] += 1
 
 
 def _overloaded() -> BrokerError:

@@ -25,6 +25,8 @@ class MemoryStorage:
         self._response_bytes_max = response_bytes_max
         self._streams: dict[str, dict[str, GroupState]] = {}
         self._empty: OrderedDict[tuple[str, str], GroupState] = OrderedDict()
+        self.items = 0
+        self.bytes = 0
         self._forgotten_timestamp_ms = 0
         self._epoch = new_epoch()  # of groups of which nothing is known
 
@@ -44,9 +46,12 @@ class MemoryStorage:
             if group is None:
                 group = self._empty.pop((stream, group_id), None) or self._new(stream, group_id)
                 groups[group_id] = group
+            count, size = group.count, group.bytes
             outcome = attempt(group, operation, now_ms, self._response_bytes_max)
             settled.append((outcome, group))
             if isinstance(outcome, Done) and outcome.change is not None:
+                self.items += group.count - count
+                self.bytes += group.bytes - size
                 assert group.history is not None, "every group here has one"
                 self._histories.add(group.history, outcome.change, now_ms)
             if not group.count:
@@ -58,6 +63,16 @@ class MemoryStorage:
         if not groups:
             del self._streams[stream]
         settle(settled)
+
+    @property
+    def stored_streams(self) -> int:
+        """Streams with items."""
+        return len(self._streams)
+
+    @property
+    def stored_groups(self) -> int:
+        """Groups with items."""
+        return sum(map(len, self._streams.values()))
 
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Nothing to do: nobody else changes it."""

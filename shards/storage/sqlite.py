@@ -153,7 +153,7 @@ class SqliteStorage:
         cache_bytes_max: int,
         connect: Connect = connect_file,
     ) -> None:
-        self._directory = directory
+        self.directory = directory
         self._connect = connect
         self._history_limits = history_limits
         self._clock = clock
@@ -166,6 +166,10 @@ class SqliteStorage:
             OrderedDict()
         )  # size, longest unused first
         self.cached_bytes = 0
+        self.hits_total = 0
+        self.misses_total = 0
+        self.evictions_total = 0
+        self.closed_total = 0
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
@@ -175,11 +179,11 @@ class SqliteStorage:
 
     async def open(self) -> None:
         try:
-            await self._threads.run(partial(make_directory, self._directory))
+            await self._threads.run(partial(make_directory, self.directory))
         except OSError as error:
             raise ConfigError(
                 FILE_PATH_KEY,
-                f"{self._directory} can't be made: {error.strerror}",
+                f"{self.directory} can't be made: {error.strerror}",
             ) from None
         self._forgotten_timestamp_ms = await self._in_thread(self._clock_file.read)
 
@@ -217,7 +221,7 @@ class SqliteStorage:
 
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
-        for path in await self._in_thread(lambda: sorted(self._directory.glob("*.db"))):
+        for path in await self._in_thread(lambda: sorted(self.directory.glob("*.db"))):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = await self._in_thread(partial(stream_name, path))
@@ -252,6 +256,7 @@ class SqliteStorage:
                 self._release(state)
             settle(outcome)
 
+        self.hits_total += len(operations)
         self._open_files.move_to_end(state.name)
         if changes.groups:
             self._threads.submit(self._commit_work(file, changes), done)
@@ -343,7 +348,11 @@ class SqliteStorage:
             if item_id is not None and (group is None or not group.complete):
                 wanted.setdefault(operation.group_id, set()).add(item_id)
         if not unknown and not wanted:
+            self.hits_total += len(operations)
             return
+        misses = sum(o.group_id in unknown or o.group_id in wanted for o in operations)
+        self.misses_total += misses
+        self.hits_total += len(operations) - misses
         file = await self._file(state, create=False)  # a read makes no file
         rows = await self._in_thread(lambda: file.group_rows(list(unknown))) if file else []
         for row in rows:
@@ -457,7 +466,7 @@ class SqliteStorage:
         if len(self._open_files) >= 2 * OPEN_FILES_MAX:
             raise StorageError(
                 "storage_failed",
-                f"the disk of {self._directory} fails: too many files wait for it",
+                f"the disk of {self.directory} fails: too many files wait for it",
                 retryable=True,
             )
 
@@ -475,6 +484,7 @@ class SqliteStorage:
                 return
         state.file = None
         del self._open_files[state.name]
+        self.closed_total += 1
         await self._in_thread(file.close)
 
     def _flush_later(self, state: _Stream) -> None:
@@ -516,7 +526,7 @@ class SqliteStorage:
         async with self._in_use:
             state = self._streams.get(name)
             if state is None:
-                path = self._directory / f"{file_name(name)}.db"
+                path = self.directory / f"{file_name(name)}.db"
                 state = self._streams[name] = _Stream(name, path)
             await state.use()
             try:
@@ -577,6 +587,7 @@ class SqliteStorage:
             if other.in_use:
                 self._cached.move_to_end(key)
                 continue
+            self.evictions_total += 1
             self.cached_bytes -= self._cached.pop(key)
             self._note_forgotten(other.groups.pop(key[1]))
             self._drop_if_unused(other)
@@ -592,7 +603,7 @@ class SqliteStorage:
         try:
             return await self._threads.run(work)
         except OSError as error:
-            raise failure(self._directory, error) from error
+            raise failure(self.directory, error) from error
 
 
 def _in_memory(state: _Stream, operations: Sequence[Operation]) -> bool:

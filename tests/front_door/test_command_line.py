@@ -41,6 +41,7 @@ STREAM, GROUP, ITEM = "d\u00e9j\u00e0-\U0001f4a1", "\u90e8\u5c4b 1", "\u05d0"
 COMMAND = [sys.executable, "-m", "broker"]
 LOCAL_COMMANDS = ("serve", "init", "check", "gateway", "shard", "completion")
 CALLS = ("streams", "groups", "list", "get", "set", "update", "delete", "send", "watch")
+CALLS += ("status", "top")
 COMMANDS = LOCAL_COMMANDS + CALLS
 OWN_VARIABLES = ("BROKER_URL", "BROKER_STREAM_URL", "III_TOKEN", "NO_COLOR", "COLUMNS")
 

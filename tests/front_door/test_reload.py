@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from msgspec import structs
+from websockets.exceptions import InvalidStatus
 
 from broker.config import Config, Limits, RedisAdapter, StreamPort, Tls
 from broker.service import reloaded
@@ -27,11 +28,13 @@ from tests.support.connection import PATIENCE_S
 from tests.support.stream_client import StreamClient
 from tests.support.worker import Worker
 
+MEMORY = {"name": "kv", "config": {"store_method": "in_memory"}}
+
 
 def configured(folder: Path | str, auth: str | None = "auth::one", **broker: Any) -> dict[str, Any]:
     """A configuration in memory, with TLS on both ports from `folder`."""
     tls = {"certificate": f"{folder}/cert.pem", "key": f"{folder}/key.pem"}
-    block: dict[str, Any] = {"adapter": {"name": "kv", "config": {"store_method": "in_memory"}}}
+    block: dict[str, Any] = {"adapter": MEMORY}
     if auth is not None:
         block["auth_function"] = auth
     own = {"stream": {"tls": tls}, "worker": {"tls": tls}, **broker}
@@ -277,6 +280,139 @@ def test_a_gateway_that_is_started_again_has_what_was_reloaded(
                 assert refused["event"]["code"] == "too_many_subscriptions"
 
         run(main())
+
+
+def hang_up(broker: Broker, notify: NotifySocket) -> str:
+    """Make a broker reload; what it logged since."""
+    before = len(broker.log)
+    os.kill(broker.pid, signal.SIGHUP)
+    notify.wait_for("RELOADING")
+    notify.wait_for("READY")
+    return broker.log[before:]
+
+
+def test_log_level_and_format_of_every_process(run: Run) -> None:
+    async def nonsense(broker: Broker) -> None:
+        worker = await Worker.open(broker.worker_url)
+        await worker.send({"type": "nonsense"})
+        await worker.barrier()
+        await worker.close()
+
+    def text(**keys: str) -> str:
+        config = {"workers": [{"name": "iii-stream", "config": {"adapter": MEMORY}}]}
+        return json.dumps({**config, "broker": keys})
+
+    with (
+        NotifySocket(f"@broker-test-{uuid.uuid4()}") as notify,
+        Broker(text(log_level="warning"), env={"NOTIFY_SOCKET": notify.address}) as broker,
+    ):
+        assert broker.config_file is not None
+        notify.wait_for("READY")
+        run(nonsense(broker))
+        assert broker.log == ""
+        broker.config_file.write_text(text(log_level="debug", log_format="json"))
+        lines = [json.loads(line) for line in hang_up(broker, notify).splitlines()]
+        processes = {line["process"] for line in lines if line["event"] == "config_reloaded"}
+        assert processes == {"supervisor", "gateway", "shard-0", "shard-1"}
+        assert not any(line["event"] == "config_key_needs_restart" for line in lines)
+        before = len(broker.log)
+        run(nonsense(broker))
+        assert '"event":"message_undecodable"' in broker.log[before:]
+        broker.config_file.write_text(text(log_level="loud"))
+        refused = hang_up(broker, notify)
+        assert "config_not_reloaded" in refused
+        assert "broker.log_level" in refused
+        broker.config_file.write_text(text(log_level="error"))
+        assert hang_up(broker, notify) == ""
+
+
+def test_an_option_wins_over_the_level_in_the_file() -> None:
+    with (
+        NotifySocket(f"@broker-test-{uuid.uuid4()}") as notify,
+        Broker(
+            json.dumps({"broker": {"log_level": "error"}}),
+            args=["--log-level", "info"],
+            env={"NOTIFY_SOCKET": notify.address},
+        ) as broker,
+    ):
+        notify.wait_for("READY")
+        assert "INFO gateway gateway_started" in broker.log
+        assert broker.log.count("config_reloaded") == 0
+        assert hang_up(broker, notify).count("config_reloaded") == 4
+
+
+def test_a_shard_that_is_a_unit_reloads_its_level() -> None:
+    own = "shards: 1, run_dir: '{folder}/run', worker: {port: {worker}}"
+    own += ", metrics: {port: {metrics}}, log_level: "
+    stream = "workers: [{name: iii-stream, config: {host: 127.0.0.1, port: {stream},"
+    stream += " adapter: {name: kv, config: {store_method: in_memory}}}}]"
+    with Target(f"{stream}\nbroker: {{{own}error}}") as target:
+        assert target.shard.log == ""
+        target.configure(f"{stream}\nbroker: {{{own}info}}")
+        target.shard.reload()
+        assert "INFO shard-0 config_reloaded" in target.shard.log
+
+
+def test_origins_of_pages(broker: Reloading, certificates: Certificates, run: Run) -> None:
+    """For new connections; those that are open go on."""
+
+    async def main() -> None:
+        tls = certificates.trusting
+
+        async def opens(url: str, **headers: str) -> bool:
+            kind = Worker if url == broker.worker_url else StreamClient
+            try:
+                connection = await kind.open(url, headers, tls=tls)
+            except InvalidStatus:
+                return False
+            await connection.close()
+            return True
+
+        page = {"Origin": "https://app.example"}
+        stays = await Worker.open(broker.worker_url, tls=tls)
+        await stays.register_function("auth::one", lambda _: {})
+        await stays.barrier()
+        assert not await opens(broker.stream_url, **page)
+        assert not await opens(broker.worker_url, **page)
+        config = configured(certificates.folder)
+        config["broker"]["stream"]["allowed_origins"] = ["https://app.example"]
+        config["broker"]["worker"]["allowed_origins"] = ["https://app.example"]
+        broker.write(json.dumps(config))
+        assert not events_of(broker.reload(), "config_key_needs_restart")
+        assert await opens(broker.stream_url, **page)
+        assert not await opens(broker.stream_url, Origin="https://other.example")
+        assert await opens(broker.worker_url, **page)
+        await stays.ping()
+        await stays.close()
+
+    run(main())
+
+
+def test_a_worker_token_is_exchanged(run: Run) -> None:
+    async def opens(broker: Broker, token: str) -> bool:
+        try:
+            worker = await Worker.open(broker.worker_url, {"Authorization": f"Bearer {token}"})
+        except InvalidStatus:
+            return False
+        await worker.close()
+        return True
+
+    def text(token: str) -> str:
+        return json.dumps({"broker": {"worker": {"token": token}}})
+
+    with (
+        NotifySocket(f"@broker-test-{uuid.uuid4()}") as notify,
+        Broker(text("first"), env={"NOTIFY_SOCKET": notify.address}) as broker,
+    ):
+        assert broker.config_file is not None
+        notify.wait_for("READY")
+        assert run(opens(broker, "first"))
+        broker.config_file.write_text(text("second"))
+        log = hang_up(broker, notify)
+        assert "config_key_needs_restart" not in log
+        assert "second" not in log
+        assert not run(opens(broker, "first"))
+        assert run(opens(broker, "second"))
 
 
 def test_what_is_taken_over() -> None:

@@ -20,7 +20,7 @@ from broker.link_protocol import (
     gateway_reader,
     shard_reader,
 )
-from broker.messages import Heartbeat, Message, ToGateway, ToShard
+from broker.messages import Heartbeat, Message, ToGateway, ToShard, Trace
 
 READERS = [gateway_reader, shard_reader]
 NewReader = Callable[[], FrameReader[Any]]
@@ -40,6 +40,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     bytes: st.binary(max_size=40),
     list[str]: st.lists(texts, max_size=3),
     list[bytes]: st.lists(st.binary(max_size=8), max_size=3),
+    Trace: st.builds(Trace, st.none() | texts, st.none() | texts),
 }
 
 

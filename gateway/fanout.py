@@ -1,0 +1,56 @@
+"""What it costs to tell clients of events, measured for each piece that a shard sent at once."""
+
+from __future__ import annotations
+
+import time
+
+from broker.messages import Event
+from broker.metrics import SECONDS, SIZES, Histogram
+from gateway.hub import Hub
+
+_TIMESTAMP = b'"timestamp":'  # near the beginning of every envelope, see `shards.events`
+_LOOKED_AT = 64
+
+
+class FanOut:
+    """Flushes the hub.
+
+    Attributes: `durations` in seconds; `sizes`, frames to clients; `delays`, seconds from a
+    change's timestamp, which it gets just before it is committed, to when its frames are handed
+    to sockets. Of each piece, all by the wall clock's milliseconds.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._last: Event | None = None
+        self.durations = Histogram(SECONDS)
+        self.sizes = Histogram(SIZES)
+        self.delays = Histogram(SECONDS)
+
+    def note(self, event: Event) -> None:
+        """An event of the piece that is being taken; the last one is looked at."""
+        self._last = event
+
+    def flush(self) -> None:
+        """The piece is taken: deliver it."""
+        hub = self._hub
+        event, self._last = self._last, None
+        if not hub.has_events:
+            return
+        began_at, before = time.perf_counter(), hub.deliveries_total
+        hub.flush()
+        self.durations.observe(time.perf_counter() - began_at)
+        self.sizes.observe(hub.deliveries_total - before)
+        if event is not None and event.subscribed:
+            timestamp_ms = timestamp_of(event.payload)
+            if timestamp_ms is not None:
+                # A group's timestamps may run ahead of the clock.
+                self.delays.observe(max(0.0, time.time() - timestamp_ms / 1000))
+
+
+def timestamp_of(payload: bytes) -> int | None:
+    """The timestamp in an envelope's JSON text; None if it is not where it always is."""
+    start = payload.find(_TIMESTAMP, 0, _LOOKED_AT) + len(_TIMESTAMP)
+    end = payload.find(b",", start, _LOOKED_AT)
+    digits = payload[start:end]
+    return int(digits) if start >= len(_TIMESTAMP) and end > 0 and digits.isdigit() else None

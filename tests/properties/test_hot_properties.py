@@ -1,0 +1,57 @@
+"""The summary of what is used most keeps its promise about what it leaves out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import messages
+from broker.hot import WINDOW_S, Hot, Summary
+from shards.hot_groups import HotGroups
+
+counted = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=300)
+
+
+@given(counted, st.integers(1, 10))
+def test_counts_are_low_by_the_error_at_most(added: list[tuple[int, int]], kept: int) -> None:
+    summary, true = Summary[int](kept), Counter[int]()
+    for key, count in added:
+        summary.add(key, count)
+        true[key] += count
+        assert len(summary) <= 2 * kept
+    found = summary.counts()
+    assert summary.total == true.total()
+    assert summary.error <= true.total() / (kept + 1)
+    for key, count in true.items():
+        assert count - summary.error <= found.get(key, 0) <= count
+        if count > true.total() / (kept + 1):
+            assert key in found
+
+
+def test_rates_are_of_the_last_windows() -> None:
+    hot = Hot[str]()
+    hot.rotate(100.0)
+    hot.add("a", 50)
+    hot.add("b", 20)
+    assert hot.top(9, 105.0) == [("a", 10.0), ("b", 4.0)]
+    hot.rotate(100.0 + WINDOW_S)
+    hot.add("b", 60)
+    assert hot.top(1, 110.0) == [("b", 8.0)]
+    hot.rotate(100.0 + 2 * WINDOW_S)
+    assert hot.top(9, 120.0) == [("b", 6.0)], "a has not been used for a window"
+    hot.rotate(100.0 + 3 * WINDOW_S)
+    assert hot.top(9, 130.0) == []
+
+
+@given(st.lists(st.integers(1, 60), min_size=50, max_size=200))
+def test_groups_that_take_turns_are_all_seen(sizes: list[int]) -> None:
+    """Streams are counted exactly, and groups to within what samples can tell."""
+    hot = HotGroups()
+    for size in sizes:
+        hot.add("s", [messages.Get(0, "s", f"g{n % 2}", "i") for n in range(size)])
+    assert hot.streams.top(1, 0.0) == [("s", float(sum(sizes)))]
+    counts = dict(hot.groups.top(2, 0.0))
+    assert counts.keys() <= {("s", "g0"), ("s", "g1")}
+    assert abs(sum(counts.values()) - sum(sizes)) <= sum(size // 4 for size in sizes)
