@@ -1,10 +1,10 @@
 """Redis: items where the original engine keeps them (protocol section 10.1), numbered and ordered.
 
-The operations of one `execute` become one call of a Lua script per group, all in one pipeline: the
-script stores, numbers, stamps, keeps the history and publishes. An update starts from the item's
-text, which is read before and which the script compares; when another broker was faster, that
-update and what follows it on the group are tried again. Nothing of an item is kept in memory, so
-that what other programs write is seen.
+The operations of one `execute` become few calls of a Lua script, all in one pipeline: the script
+stores, numbers, stamps, keeps the history and publishes, one group after the other. An update
+starts from the item's text, which is read before and which the script compares; when another broker
+was faster, that update and what follows it on the group are tried again. Nothing of an item is kept
+in memory, so that what other programs write is seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_turn import Settings, Turn
+from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
 """Times that an update is tried while others change its item."""
@@ -159,32 +159,51 @@ class RedisStorage:
         """Let the script do what waits, or as much as fits and nobody interferes with."""
         await self._read_updated(turns)
         now_ms = self._clock()
-        calls = [(turn, turn.call(now_ms, new_epoch())) for turn in turns]
-        calls = [(turn, call) for turn, call in calls if turn.steps]
+        calls = self._calls(turns, now_ms)
         if not calls:
             return
-        new = [turn.key for turn, _ in calls if turn.puts and turn.key not in self._indexed]
+        asking = [turn for call in calls for turn in call.turns]
+        new = [turn.key for turn in asking if turn.puts and turn.key not in self._indexed]
+        head = self._settings.asked(now_ms, new_epoch())
         replies = await self._client.call(
-            _script(), [call for _, call in calls], _index_commands(new)
+            _script(), [call.arguments(head) for call in calls], _index_commands(new)
         )
         began: list[Group] = []
-        conflicts = False
-        for (turn, _), reply in zip(calls, replies, strict=False):
+        conflicts = 0
+        for call, reply in zip(calls, replies, strict=False):
             if isinstance(reply, ResponseError):
-                turn.fail(self._client.refused(str(reply)))
+                for turn in call.turns:
+                    turn.fail(self._client.refused(str(reply)))
                 continue
-            before = turn.conflicts
-            if turn.take(reply, self._client.refused) and turn.key not in new:
-                began.append(turn.key)
-            if turn.conflicts > before:
-                conflicts = True
-                self.conflicts_total += 1
-            if turn.conflicts > CONFLICTS_MAX:
-                turn.fail(_contended(turn.key))
+            answer = Answer(reply)
+            for turn in call.turns:
+                before = turn.conflicts
+                if turn.take(answer, self._client.refused) and turn.key not in new:
+                    began.append(turn.key)
+                conflicts += turn.conflicts - before
+                if turn.conflicts > CONFLICTS_MAX:
+                    turn.fail(_contended(turn.key))
+        self.conflicts_total += conflicts
         self._note_indexed(new)
         await self._index(began)
         if conflicts:
             await asyncio.sleep(random.uniform(0, CONFLICT_WAIT_S_MAX))
+
+    def _calls(self, turns: list[Turn], now_ms: int) -> list[Call]:
+        """Share out what waits over calls of the script, as few as may be."""
+        calls: list[Call] = []
+        open_calls: dict[int, Call] = {}
+        for turn in turns:
+            asked = turn.ask(now_ms)
+            if not turn.steps:
+                continue
+            place = self._client.place(turn.keys.data)
+            call = open_calls.get(place)
+            if call is None or not call.takes(asked):
+                call = open_calls[place] = Call()
+                calls.append(call)
+            call.add(turn, asked)
+        return calls
 
     async def _read_updated(self, turns: Iterable[Turn]) -> None:
         """Bring in the texts that updates start from."""

@@ -34,6 +34,8 @@ POSITIONS_MAX = 10_000
 """Groups of which the last position is remembered although nobody wants them yet."""
 READ_MORE = 16
 """Changes that are read beside those that are missing, as others go on meanwhile."""
+SEPARATOR = b"\x1e"
+"""Between the envelopes of one message; no JSON text holds it."""
 PAGE = 100
 """Groups that are looked at in one pipeline."""
 QUIET_S_MAX = 10.0
@@ -77,9 +79,9 @@ class RemoteChanges:
     async def close(self) -> None:
         """Tell nothing any more."""
         self._closed = True
-        if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+        while self._listener is not None and not self._listener.done():
+            self._listener.cancel()  # again: one that meets a timeout of the library gets lost
+            await asyncio.wait([self._listener], timeout=1)
         await self._tasks.wait()
 
     def interest(self, group: Group, wanted: bool) -> None:
@@ -258,8 +260,9 @@ class RemoteChanges:
             self._heal_soon(group)
         elif message["type"] == "message":
             try:
-                epoch, envelope = message["data"].split(b" ", 1)
-                self._arrived(group, epoch.decode(), change_of(envelope))
+                epoch, envelopes = message["data"].split(b" ", 1)
+                for envelope in envelopes.split(SEPARATOR):
+                    self._arrived(group, epoch.decode(), change_of(envelope))
             except (ValueError, msgspec.DecodeError):
                 return  # not one of ours
 

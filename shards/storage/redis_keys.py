@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from broker.names import Group
+from shards.group import names_text
 
 DATA_PREFIX = "stream:"
 DATA_PATTERN = "stream:*"
@@ -22,6 +23,8 @@ EVENTS_CHANNEL = "stream::events"
 STREAMS_KEY = "broker:streams"
 """A set: encoded names of streams that may have groups."""
 
+KEYS_CACHED = 16384
+"""Groups whose keys are kept made, about 1 KiB each with names of usual length."""
 _SLOTS = 16384
 _CANONICAL = re.compile(r"(?:[^%:]|%25|%3A)*")
 
@@ -34,6 +37,7 @@ class GroupKeys(NamedTuple):
     order: sorted set, item id to its number in order of first insertion.
     history: list of the last envelopes, oldest first, without a gap.
     channel: where changes are told to other brokers.
+    names: JSON members of the envelope that name the group.
     """
 
     data: str
@@ -41,6 +45,7 @@ class GroupKeys(NamedTuple):
     order: str
     history: str
     channel: str
+    names: bytes
 
 
 def encoded(name: str) -> str:
@@ -77,7 +82,7 @@ def groups_key(stream: str) -> str:
     return f"broker:groups:{encoded(stream)}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEYS_CACHED)
 def group_keys(group: Group) -> GroupKeys:
     """All keys of `group`, in one slot."""
     data = data_key(group)
@@ -86,7 +91,7 @@ def group_keys(group: Group) -> GroupKeys:
     head, order, history, channel = (
         f"broker:{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history", "changes")
     )
-    return GroupKeys(data, head, order, history, channel)
+    return GroupKeys(data, head, order, history, channel, names_text(*group))
 
 
 def slot(key: str) -> int:

@@ -32,8 +32,10 @@ from shards.storage.base import Settled
 
 CALL_BYTES_MAX = 8 * 1024 * 1024
 """Bytes that are given to one call of the script, or those of one operation if it has more."""
+CALL_OPERATIONS_MAX = 256
+"""Of one call, but of one group: nobody else is served meanwhile, for some milliseconds."""
 WHOLE_READS_MAX = 4
-"""Different states of a whole group in the reply to one call."""
+"""Different states of whole groups in the reply to one call."""
 EMPTY_GROUP_MS_MIN = 24 * 3600 * 1000
 """For which the numbering of a group without items is kept, at least."""
 
@@ -102,16 +104,55 @@ class Settings(NamedTuple):
 
     history: HistoryLimits
     response_bytes_max: int
+    publish: str = "PUBLISH"
+    """The command that tells other brokers of changes."""
+    serves_others: bool = True
+    """Whether changes are told on the original's channel too, when somebody listens there."""
 
-    def numbers(self, now_ms: int, operations: int) -> str:
-        """What the script needs to know besides the group and the operations."""
+    def asked(self, now_ms: int, epoch: str) -> list[Argument]:
+        """What the script needs to know besides groups and operations.
+
+        Args:
+            epoch: for groups that have none.
+        """
         limits = self.history
         age_ms_max = int(limits.age_ms_max)
         idle_ms_max = max(EMPTY_GROUP_MS_MIN, age_ms_max)
-        return (
-            f"{now_ms} {limits.events_max} {age_ms_max} {limits.group_bytes_max}"
-            f" {self.response_bytes_max} {idle_ms_max} {operations}"
+        return [
+            *(now_ms, limits.events_max, age_ms_max, limits.group_bytes_max),
+            *(self.response_bytes_max, idle_ms_max, epoch, self.publish, int(self.serves_others)),
+        ]
+
+
+class Call:
+    """Groups that share one call of the script, as they share a place in Redis."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self._keys: list[str] = []
+        self._asked: list[Argument] = []
+        self._operations = self._bytes = self._whole_reads = 0
+
+    def takes(self, asked: Asked) -> bool:
+        """Whether another group fits, so that nobody else waits long for the script."""
+        return not self.turns or (
+            self._operations + asked.operations <= CALL_OPERATIONS_MAX
+            and self._bytes + asked.bytes <= CALL_BYTES_MAX
+            and self._whole_reads + asked.whole_reads <= WHOLE_READS_MAX
         )
+
+    def add(self, turn: Turn, asked: Asked) -> None:
+        keys = turn.keys
+        self.turns.append(turn)
+        self._keys += (keys.data, keys.head, keys.order, keys.history)
+        self._asked += asked.arguments
+        self._operations += asked.operations
+        self._bytes += asked.bytes
+        self._whole_reads += asked.whole_reads
+
+    def arguments(self, head: list[Argument]) -> list[Argument]:
+        """Of the call: the number of keys, these, and what is asked."""
+        return [len(self._keys), *self._keys, *head, *self._asked]
 
 
 class _Step(NamedTuple):
@@ -122,12 +163,25 @@ class _Step(NamedTuple):
     decided: _Decided
 
 
-class _Answer:
+class Asked(NamedTuple):
+    """What one group asks of the script; `bytes` about, of the arguments."""
+
+    arguments: list[Argument]
+    operations: int
+    bytes: int
+    whole_reads: int
+
+
+class Answer:
     """What the script answers, taken one after the other."""
 
-    def __init__(self, numbers: list[str], values: list[Any]) -> None:
-        self.number = map(int, numbers).__next__
-        self.value = iter(values).__next__
+    def __init__(self, reply: list[Any]) -> None:
+        values = iter(reply)
+        self.text = iter(next(values).decode().split()).__next__
+        self.value = values.__next__
+
+    def number(self) -> int:
+        return int(self.text())
 
 
 class Turn:
@@ -146,7 +200,7 @@ class Turn:
     def __init__(self, group: Group, settings: Settings) -> None:
         self.key = group
         self.keys = redis_keys.group_keys(group)
-        self.group = GroupState(group.stream, group.group_id, Head(""))
+        self.group = GroupState(group.stream, group.group_id, Head(""), self.keys.names)
         self.waiting: deque[tuple[int, Operation]] = deque()
         self.settled: dict[int, Settled] = {}
         self.current: dict[str, bytes | None] = {}
@@ -164,19 +218,18 @@ class Turn:
         found = {o.item_id: None for _, o in self.waiting if isinstance(o, messages.Update)}
         return list(found)
 
-    def call(self, now_ms: int, epoch: str) -> list[Argument]:
-        """Make steps of what waits, as much as fits; the number of keys, keys and arguments."""
+    def ask(self, now_ms: int) -> Asked:
+        """Make steps of what waits, as much as fits."""
         self.steps, self.puts, self._now_ms = [], False, now_ms
-        asked: list[bytes] = []
+        asked: list[Argument] = []
         touched: set[str] = set()
-        checks: list[tuple[bytes, bytes]] = []
+        checks: list[tuple[str, bytes]] = []
         size = whole_reads = 0
         was_read = False
         while self.waiting and size < CALL_BYTES_MAX and whole_reads < WHOLE_READS_MAX:
             index, operation = self.waiting.popleft()
             if isinstance(operation, messages.Update) and operation.item_id not in touched:
-                expected = self.current.get(operation.item_id) or b""
-                checks.append((operation.item_id.encode(), expected))
+                checks.append((operation.item_id, self.current.get(operation.item_id) or b""))
             if isinstance(operation, messages.Set | messages.Update | messages.Delete):
                 touched.add(operation.item_id)
             decided, given = self._step(operation)
@@ -185,9 +238,8 @@ class Turn:
                 self._settle(index, decided)
                 continue
             self.steps.append(_Step(index, operation, decided))
-            texts = [one if isinstance(one, bytes) else one.encode() for one in given]
-            asked += texts
-            size += sum(map(len, texts))
+            asked += given
+            size += sum(map(len, given))
             reads = given[0] == "list" or given[:2] == ("join", "group")
             whole_reads += reads and not was_read
             was_read = reads
@@ -195,31 +247,25 @@ class Turn:
         # nothing. That of a single update is checked with it.
         self._checks = len(checks) if len(self.steps) > 1 else 0
         for item_id, expected in checks[: self._checks]:
-            asked[:0] = (b"check", item_id, expected)
-        numbers = self._settings.numbers(now_ms, self._checks + len(self.steps))
-        sizes = " ".join([str(len(text)) for text in asked])
-        keys = self.keys
-        return [
-            *(4, keys.data, keys.head, keys.order, keys.history),
-            *(numbers, epoch, self.group.names, keys.channel, sizes, b"".join(asked)),
-        ]
+            asked[:0] = ("check", item_id, expected)
+        keys, operations = self.keys, self._checks + len(self.steps)
+        arguments = [keys.names, keys.channel, operations, len(asked), *asked]
+        return Asked(arguments, len(self.steps), size, whole_reads)
 
-    def take(self, reply: list[Any], refused: Callable[[str], StorageError]) -> bool:
+    def take(self, answer: Answer, refused: Callable[[str], StorageError]) -> bool:
         """Settle what the script performed; returns whether the group began.
 
         Args:
             refused: the error for what Redis answered with a text.
         """
-        if reply[0] is None:
-            key, why = reply[1].decode(errors="replace"), reply[2].decode(errors="replace")
+        if answer.number():
+            key, why = (answer.value().decode(errors="replace") for _ in range(2))
             if why in _KEY_TYPES:
                 self.fail(StorageError("wrong_type", f"WRONGTYPE: key {key!r} is a {why}"))
             else:
                 self.fail(refused(why))
             return False
-        epoch, began, *numbers = reply[0].decode().split()
-        self.group.head.epoch = epoch
-        answer = _Answer(numbers, reply[1:])
+        self.group.head.epoch, began = answer.text(), answer.number()
         for _ in range(self._checks):
             if answer.number() == _CHANGED_MEANWHILE:
                 self._put_back(0)
@@ -235,7 +281,7 @@ class Turn:
                 self._settle(step.place, self._outcome(step, code, answer))
         self.group.items, self.group.history = {}, None
         self._whole = {}, 0
-        return bool(began == "1")
+        return bool(began)
 
     @property
     def own(self) -> set[int]:
@@ -328,7 +374,7 @@ class Turn:
 
     # What is answered -------------------------------------------------------------------------
 
-    def _outcome(self, step: _Step, code: int, answer: _Answer) -> Outcome | StorageError:
+    def _outcome(self, step: _Step, code: int, answer: Answer) -> Outcome | StorageError:
         operation, decided = step.operation, step.decided
         match operation:
             case messages.Get():
@@ -360,7 +406,7 @@ class Turn:
         return self._attempt(operation, items, timestamp_ms)
 
     def _join_outcome(
-        self, join: messages.Join, code: int, answer: _Answer
+        self, join: messages.Join, code: int, answer: Answer
     ) -> Outcome | StorageError:
         if code == _TOO_LARGE:
             self._read_whole(code, answer)
@@ -383,7 +429,7 @@ class Turn:
         items = {} if found is None else {join.item_id or "": found}
         return self._attempt(join, items, timestamp_ms)
 
-    def _history_outcome(self, call: messages.ReadHistory, answer: _Answer) -> Outcome:
+    def _history_outcome(self, call: messages.ReadHistory, answer: Answer) -> Outcome:
         self.seq = self.group.head.seq = answer.number()
         kept = []
         for envelope in reversed(answer.value()):
@@ -411,7 +457,7 @@ class Turn:
         items, self.group.bytes = self._whole
         return self._attempt(operation, items, now_ms)
 
-    def _read_whole(self, code: int, answer: _Answer) -> None:
+    def _read_whole(self, code: int, answer: Answer) -> None:
         if code == _TOO_LARGE:
             self._whole = {}, answer.number()
         else:
