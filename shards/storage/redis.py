@@ -138,7 +138,7 @@ class RedisStorage:
             if turn is None:
                 turn = Turn(Group(stream, operation.group_id), self._settings)
                 turns[operation.group_id] = turn
-            turn.waiting.append((index, operation))
+            turn.add(index, operation)
         groups = [turn.key for turn in turns.values()]
         self._changes.begin(groups)
         try:

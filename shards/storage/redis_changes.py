@@ -107,8 +107,10 @@ class RemoteChanges:
             if (watched := self._watched.get(group)) is not None:
                 watched.busy = True
 
-    async def catch_up(self, group: Group, epoch: str, seq: int, own: set[int]) -> None:
-        """Tell what others did up to `seq`, before the changes `own` are settled.
+    async def catch_up(
+        self, group: Group, epoch: str, seq: int, numbers: Callable[[], set[int]]
+    ) -> None:
+        """Tell what others did up to `seq`, before our own are settled, which have `numbers`.
 
         Does its best: when Redis is away, whoever counts finds the gap.
         """
@@ -119,6 +121,7 @@ class RemoteChanges:
         watched = self._watched.get(group)
         if watched is None:
             return
+        own = numbers()
         if not watched.is_known or watched.epoch != epoch:
             watched.is_known, watched.epoch = True, epoch
             watched.seq = min(own, default=seq + 1) - 1

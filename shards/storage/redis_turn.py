@@ -177,18 +177,15 @@ class Answer:
 
     def __init__(self, reply: list[Any]) -> None:
         values = iter(reply)
-        self.text = iter(next(values).decode().split()).__next__
+        self.number = map(int, next(values).split()).__next__
         self.value = values.__next__
-
-    def number(self) -> int:
-        return int(self.text())
 
 
 class Turn:
     """The operations of one `execute` on one group: in order, and how far they are.
 
     Attributes:
-        waiting: with their places in the `execute`; the caller fills it.
+        waiting: with their places in the `execute`.
         settled: what came of those that are done, by place.
         current: the texts of items that updates start from; the caller reads them before.
         steps: what the call that was made last asks.
@@ -211,10 +208,19 @@ class Turn:
         self._settings = settings
         self._now_ms = 0
         self._checks = 0
+        self._has_updates = False
         self._whole: tuple[dict[str, bytes], int] | StorageError = {}, 0
+
+    def add(self, index: int, operation: Operation) -> None:
+        """Let `operation` wait for its turn."""
+        self.waiting.append((index, operation))
+        if isinstance(operation, messages.Update):
+            self._has_updates = True
 
     def updated(self) -> list[str]:
         """The items whose text has to be read before."""
+        if not self._has_updates:
+            return []
         found = {o.item_id: None for _, o in self.waiting if isinstance(o, messages.Update)}
         return list(found)
 
@@ -265,7 +271,7 @@ class Turn:
             else:
                 self.fail(refused(why))
             return False
-        self.group.head.epoch, began = answer.text(), answer.number()
+        self.group.head.epoch, began = answer.value().decode(), answer.number()
         for _ in range(self._checks):
             if answer.number() == _CHANGED_MEANWHILE:
                 self._put_back(0)
@@ -283,7 +289,6 @@ class Turn:
         self._whole = {}, 0
         return bool(began)
 
-    @property
     def own(self) -> set[int]:
         """The numbers of the changes that were settled."""
         outcomes = (outcome for outcome, _ in self.settled.values())

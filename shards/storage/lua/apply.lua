@@ -9,10 +9,11 @@
 -- these have, and they, each as its name and its own arguments.
 --
 -- Returns a text and values, few and large, as clients spend their time on each. The text has for
--- each group: 0, the epoch, whether it began, and for each operation that was performed 0, done;
--- 1, there is nothing to change; 2, too large, and the bytes; 3, the item is not what was expected:
--- it and all that follow on the group were not performed; 4, refused, the value says why. Or, when
--- a group can't be touched: 1; values are the key, and its type or an error.
+-- each group: 0, 1 if it began, and for each operation that was performed 0, done; 1, there is
+-- nothing to change; 2, too large, and the bytes; 3, the item is not what was expected: it and all
+-- that follow on the group were not performed; 4, refused, the value says why. The first value of a
+-- group is its epoch. Or, when a group can't be touched: 1; values are the key, and its type or an
+-- error.
 
 local at = 0
 local function take()
@@ -47,7 +48,7 @@ local function failed(reply)
 end
 
 local function text_of(value)
-    return string.format('%.0f', value)
+    return string.format('%d', value)
 end
 
 local function say(value)
@@ -456,15 +457,15 @@ for place = 0, #KEYS / 4 - 1 do
     told, told_bytes, unkept, unkept_bytes = {}, 0, {}, 0
     say(0)
     local said, given = #numbers, #answer
-    numbers[said + 2] = '0'
-    numbers[said + 1] = ''
+    give('')
+    numbers[said + 1] = '0'
     local done, why = pcall(perform_all, operations)
     if epoch then
         write_head() -- also of what was done before something failed
     end
     if done then
-        numbers[said + 1] = epoch
-        numbers[said + 2] = began and '1' or '0'
+        answer[given + 1] = epoch
+        numbers[said + 1] = began and '1' or '0'
     else
         for index = #numbers, said, -1 do
             numbers[index] = nil
