@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 """Of the messages below; both ends refuse a peer that speaks another one."""
 
 
@@ -264,6 +264,13 @@ class Left(Message, tag=25):
     payload: bytes
 
 
+class StorageState(Message, tag=40):
+    """What keeps the shard's storage from working, in words; None: it works. Told when it changes,
+    and after `Welcome` when there is trouble."""
+
+    trouble: str | None
+
+
 ToShard = (
     Hello
     | Heartbeat
@@ -287,4 +294,4 @@ ToShard = (
     | AddLeaveTrigger
     | ReadHistory
 )
-ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left
+ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left | StorageState

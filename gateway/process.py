@@ -91,9 +91,15 @@ class Gateway:
         )
 
     def not_ready(self) -> str | None:
-        """Why not every shard answers, or None."""
-        missing = [str(link.shard) for link in self.links.links if not link.ready]
-        return f"shard {', '.join(missing)} does not answer" if missing else None
+        """Why not everything can be served, or None."""
+        return "; ".join(self.not_ready_reasons()) or None
+
+    def not_ready_reasons(self) -> list[str]:
+        """What keeps which shards from serving; empty when all do."""
+        links = self.links.links
+        missing = [str(link.shard) for link in links if not link.ready]
+        reasons = [f"shard {', '.join(missing)} does not answer"] if missing else []
+        return reasons + [f"shard {link.shard}: {link.trouble}" for link in links if link.trouble]
 
     # What the links call.
 

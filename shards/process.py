@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -59,10 +60,13 @@ async def serve(process: Service) -> None:
     def changed_elsewhere(stream: str, group_id: str, change: Change) -> None:
         requests.changed_elsewhere(stream, group_id, change)
 
-    storage = _storage(settings, index, changed_elsewhere)
-    await storage.open()
+    def storage_state(trouble: str | None) -> None:
+        requests.storage_state(trouble)
+
+    storage = _storage(settings, index, changed_elsewhere, storage_state)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
+    await storage.open()
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(
@@ -89,7 +93,9 @@ async def serve(process: Service) -> None:
     _log.info("shard_stopped")
 
 
-def _storage(settings: Config, index: int, remote_changes: RemoteChange) -> Storage:
+def _storage(
+    settings: Config, index: int, remote_changes: RemoteChange, told: Callable[[str | None], None]
+) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
     history = HistoryLimits(
@@ -107,6 +113,7 @@ def _storage(settings: Config, index: int, remote_changes: RemoteChange) -> Stor
             shard=index,
             shards=settings.shards,
             remote_changes=remote_changes,
+            told=told,
         )
     if adapter.store_method == "in_memory":
         return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)

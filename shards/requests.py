@@ -59,6 +59,7 @@ class Requests:
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
         self._tasks = Tasks()
+        self._trouble: str | None = None
         self.events_total = 0
         self.triggers_fired_total = 0
         self.failures_total: dict[str, int] = {}
@@ -144,6 +145,8 @@ class Requests:
                 else:
                     self.leases.gateway_linked(link, message.gateway_id)
                     link.send(Welcome(messages.VERSION, self._shard, self._shards))
+                    if self._trouble is not None:
+                        link.send(messages.StorageState(self._trouble))
             case _:
                 assert_never(message)
 
@@ -193,6 +196,12 @@ class Requests:
             payload = resume_payload(group, join.item_id, outcome)
             missed = [event_payload(group, change) for change in outcome.missed]
             link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload, missed))
+
+    def storage_state(self, trouble: str | None) -> None:
+        """Tell all gateways what keeps the storage from working, or that it works again."""
+        self._trouble = trouble
+        for link in self._links:
+            link.send(messages.StorageState(trouble))
 
     def changed_elsewhere(self, stream: str, group_id: str, change: Change) -> None:
         """Tell a change that another broker made on the same storage."""

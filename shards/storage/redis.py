@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class RedisStorage:
         remote_changes: called with each change that another broker made to a group of
             `interest`, in order of the group's numbers and in turn with what is settled here.
             Numbers that are left out could not be had any more.
+        told: called with what keeps Redis from being used, and None when it can be again.
 
     Raises:
         ConfigError: the URL can't be used.
@@ -76,12 +77,14 @@ class RedisStorage:
         shard: int = 0,
         shards: int = 1,
         remote_changes: RemoteChange | None = None,
+        told: Callable[[str | None], None] | None = None,
     ) -> None:
         redis_keys.prepare()
         self._clock = clock
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
-        self._client = RedisClient(url, self._returned)
+        self._told = told
+        self._client = RedisClient(url, self._returned, self._troubled)
         self._changes = RemoteChanges(self._client, remote_changes or _nobody)
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
@@ -173,7 +176,7 @@ class RedisStorage:
         for call, reply in zip(calls, replies, strict=False):
             if isinstance(reply, ResponseError):
                 for turn in call.turns:
-                    turn.fail(self._client.refused(str(reply)))
+                    turn.fail(self._client.refused(reply))
                 continue
             answer = Answer(reply)
             for turn in call.turns:
@@ -242,10 +245,14 @@ class RedisStorage:
         self._indexed.clear()
         self._scan_due_s = 0.0
 
+    def _troubled(self) -> None:
+        if self._told is not None:
+            self._told(self._client.trouble)
+
     async def _names(self, index: str) -> list[str]:
         (members,) = await self._client.run([("SMEMBERS", index)])
         if isinstance(members, ResponseError):
-            raise self._client.refused(str(members))
+            raise self._client.refused(members)
         texts = [member.decode(errors="replace") for member in members]
         return [name for text in texts if (name := redis_keys.decoded(text)) is not None]
 
@@ -294,7 +301,7 @@ class RedisStorage:
                 command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
                 (reply,) = await self._client.run([command])
                 if isinstance(reply, ResponseError):
-                    raise self._client.refused(str(reply))
+                    raise self._client.refused(reply)
                 cursor, keys = reply
                 groups = [redis_keys.group_of_data_key(key) for key in keys]
                 await self._client.run(_index_commands(g for g in groups if g is not None))

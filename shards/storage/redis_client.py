@@ -40,6 +40,11 @@ ANSWER_S_MAX = 3.0
 """Seconds without an answer, or without a connection, after which a call fails."""
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 1.0
 """Seconds between attempts to reach Redis again: doubled from the least to the most."""
+CHECK_S = 1.0
+"""Seconds between looks whether Redis can be written to."""
+PROBE_KEY = "broker:probe"
+TROUBLE_LENGTH_MAX = 300
+"""Characters of what is told of trouble."""
 
 Command = Sequence[str | bytes | int]
 Reply = Any
@@ -75,16 +80,22 @@ class RedisClient:
 
     Args:
         on_return: called when Redis can be reached: at first, and each time after it was lost.
+        on_trouble: called when `trouble` changed.
 
     Raises:
         ConfigError: nothing can be made of the URL.
     """
 
-    def __init__(self, url: str, on_return: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, on_return: Callable[[], None], on_trouble: Callable[[], None]
+    ) -> None:
         self.address = _address(url)
         self._on_return = on_return
+        self._on_trouble = on_trouble
         self.round_trips_total = 0
         self._down: str | None = "was not reached yet"
+        self._refusing: str | None = None
+        self._trouble: str | None = None
         self._knocking = False
         self._tasks = Tasks()
         self._closed = asyncio.Event()
@@ -108,6 +119,11 @@ class RedisClient:
         """Whether Redis was there when it was last asked."""
         return self._down is None
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be written, or read; None: as far as is known both can."""
+        return self._trouble
+
     def place(self, key: str) -> int:
         """The same for keys that one call of a script may touch."""
         return 0
@@ -116,6 +132,7 @@ class RedisClient:
         """Reach Redis; when it is not there, go on trying in the background."""
         if not await self._reach():
             self._look_for_it()
+        self._tasks.start(self._watch())
 
     async def close(self) -> None:
         """Cut the connections."""
@@ -181,7 +198,7 @@ class RedisClient:
             load = ("SCRIPT", "LOAD", script.text)
             loaded, *again = await self.run([load, *(commands[n] for n in unknown)])
             if isinstance(loaded, ResponseError):
-                raise self.refused(str(loaded))
+                raise self.refused(loaded)
             for n, reply in zip(unknown, again, strict=True):
                 replies[n] = reply
         return replies
@@ -194,15 +211,16 @@ class RedisClient:
         """Take note that `error` cut a connection off, and look for Redis."""
         if self._down is None:
             _log.warning("redis_lost", address=self.address, reason=_words(error))
-        self._down = _words(error)
+        self._down = why = _words(error)
+        self._note()
         self._look_for_it()
-        return self._unavailable(self._down)
+        return self._unavailable(why)
 
-    def refused(self, error: str) -> StorageError:
-        """The error for what Redis answered with `error`."""
+    def refused(self, answer: str | ResponseError) -> StorageError:
+        """The error for what Redis answered with an error, or with its text."""
+        error = answer if isinstance(answer, str) else _whole_text(answer)
         code = error.split(" ", 1)[0].removesuffix(":")
-        what = {"OOM": "is out of memory", "READONLY": "is read-only"}.get(code, "refuses")
-        message = f"Redis at {self.address} {what}: {error}"
+        message = f"Redis at {self.address} {_refusal(error)}"
         return StorageError("redis_refused", message, retryable=code in _PASSING)
 
     def _check(self) -> None:
@@ -221,23 +239,60 @@ class RedisClient:
     async def _knock(self) -> None:
         wait_s = RETRY_S_MIN
         while not await self._reach():
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._closed.wait()
+            if await self._is_closed_within(wait_s):
                 break
-            except TimeoutError:
-                wait_s = min(2 * wait_s, RETRY_S_MAX)
+            wait_s = min(2 * wait_s, RETRY_S_MAX)
         self._knocking = False
+
+    async def _is_closed_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _watch(self) -> None:
+        """Notice trouble when nobody asks for anything, and its end when nobody may."""
+        while not await self._is_closed_within(CHECK_S):
+            if self._down is None:
+                try:
+                    await self._probe()
+                except (RedisError, OSError) as error:
+                    self._lost(error)
+
+    async def _probe(self) -> None:
+        """Find out whether Redis can be written to."""
+        async with asyncio.timeout(ANSWER_S_MAX):
+            (reply,) = await self._exchange([("SET", PROBE_KEY, "", "PX", 1)])
+        before, self._refusing = self._refusing, None
+        if isinstance(reply, ResponseError):
+            self._refusing = _refusal(_whole_text(reply))
+        if self._refusing is not None and self._refusing != before:
+            _log.warning("redis_refuses", address=self.address, reason=self._refusing)
+        elif self._refusing is None and before is not None:
+            _log.info("redis_accepts_writes", address=self.address)
+        self._note()
+
+    def _note(self) -> None:
+        """Tell when the trouble is another one."""
+        why = self._down or self._refusing
+        trouble = None if why is None else f"Redis at {self.address} {why}"[:TROUBLE_LENGTH_MAX]
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._on_trouble()
 
     async def _reach(self) -> bool:
         try:
-            await self._redis.ping()
+            await self._probe()
         except (RedisError, OSError) as error:
             if self._down != (why := _words(error)):
                 _log.warning("redis_not_reached", address=self.address, reason=why)
             self._down = why
+            self._note()
             return False
         self._down = None
+        self._note()
         _log.info("redis_reached", address=self.address)
         self._on_return()
         return True
@@ -250,6 +305,19 @@ def _address(url: str) -> str:
         return parts.path
     host = parts.hostname or "localhost"
     return f"{f'[{host}]' if ':' in host else host}:{parts.port or 6379}"
+
+
+def _whole_text(error: ResponseError) -> str:
+    """What Redis answered; the library takes the codes that it knows out of the text."""
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code else str(error)
+
+
+def _refusal(error: str) -> str:
+    """What it means that Redis answered a write with `error`."""
+    code = error.split(" ", 1)[0].removesuffix(":")
+    what = {"OOM": "is out of memory", "READONLY": "is read-only"}.get(code, "refuses")
+    return f"{what}: {error}"
 
 
 def _words(error: Exception) -> str:
