@@ -242,7 +242,8 @@ class Event(Message, tag=24):
     """A committed change or a custom event, encoded for subscribers and triggers alike.
 
     `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of
-    their registration. `custom`: no item changed.
+    their registration. `custom`: no item changed. `seq` 0: a word of another program, beside the
+    group's numbers.
     """
 
     stream: str

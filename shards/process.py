@@ -27,6 +27,7 @@ from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.redis import RedisStorage
 from shards.storage.redis_changes import RemoteChange
+from shards.storage.redis_foreign import Foreign
 from shards.storage.sqlite import SqliteStorage
 
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
@@ -63,7 +64,10 @@ async def serve(process: Service) -> None:
     def storage_state(trouble: str | None) -> None:
         requests.storage_state(trouble)
 
-    storage = _storage(settings, index, changed_elsewhere, storage_state)
+    def foreign_received(message: Foreign) -> None:
+        requests.foreign_received(message)
+
+    storage = _storage(settings, index, changed_elsewhere, storage_state, foreign_received)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
     await storage.open()
@@ -94,7 +98,11 @@ async def serve(process: Service) -> None:
 
 
 def _storage(
-    settings: Config, index: int, remote_changes: RemoteChange, told: Callable[[str | None], None]
+    settings: Config,
+    index: int,
+    remote_changes: RemoteChange,
+    told: Callable[[str | None], None],
+    foreign: Callable[[Foreign], None],
 ) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
@@ -114,6 +122,7 @@ def _storage(
             shards=settings.shards,
             remote_changes=remote_changes,
             told=told,
+            foreign=foreign,
         )
     if adapter.store_method == "in_memory":
         return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)
@@ -168,6 +177,11 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
     metrics.histogram("commit_batch_operations", "Operations of a batch.", committer.sizes)
     metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)
     metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
+    metrics.counters(
+        "foreign_events",
+        "What other programs told subscribers through Redis, by outcome.",
+        lambda: by_label("outcome", requests.foreign_total),
+    )
     metrics.counter(
         "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total
     )

@@ -15,10 +15,11 @@ from broker.names import Group
 from broker.tasks import Tasks
 from shards import update_ops
 from shards.committer import Committer
-from shards.events import event_payload, past_payload, resume_payload, sync_payload
+from shards.events import event_payload, foreign_payload, past_payload, resume_payload, sync_payload
 from shards.group import Change, GroupState, Head, Kind, Operation, Past, Resumed, Snapshot
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
+from shards.storage.redis_foreign import Foreign
 from shards.triggers import Triggers
 
 _log = logs.Log("requests")
@@ -53,7 +54,7 @@ class Requests:
         self._shard = shard
         self._shards = shards
         self._storage = storage
-        self.committer = Committer[GatewayLink](storage, self._settle)
+        self.committer = Committer[GatewayLink | Foreign](storage, self._settle)
         self.triggers = Triggers[GatewayLink]()
         self.leases = leases
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
@@ -61,6 +62,7 @@ class Requests:
         self._tasks = Tasks()
         self._trouble: str | None = None
         self.events_total = 0
+        self.foreign_total: dict[str, int] = {}
         self.triggers_fired_total = 0
         self.failures_total: dict[str, int] = {}
         self.calls_total: dict[str, int] = {}
@@ -150,7 +152,13 @@ class Requests:
             case _:
                 assert_never(message)
 
-    def _settle(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
+    def _settle(self, operation: Operation, asker: GatewayLink | Foreign, settled: Settled) -> None:
+        if isinstance(asker, Foreign):
+            self._tell_foreign(asker, settled)
+        else:
+            self._answer(operation, asker, settled)
+
+    def _answer(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
         outcome, group = settled
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
@@ -206,6 +214,33 @@ class Requests:
     def changed_elsewhere(self, stream: str, group_id: str, change: Change) -> None:
         """Tell a change that another broker made on the same storage."""
         self._publish(stream, GroupState(stream, group_id, Head("")), change)
+
+    def foreign_received(self, message: Foreign) -> None:
+        """Tell what another program says in a group, at its place among the group's changes.
+
+        It is stamped as a sync would be, and has no number: it is not kept.
+        """
+        if self.committer.waiting >= WAITING_MAX:
+            self._count_foreign("overloaded")
+            return
+        place = messages.Join(0, message.stream, message.group_id, None, b"null")
+        self.committer.add(place, message)
+        self.committer.start()
+
+    def _tell_foreign(self, message: Foreign, settled: Settled) -> None:
+        snapshot, group = settled
+        if group is None or not isinstance(snapshot, Snapshot):
+            self._count_foreign("failed")
+            return
+        self._count_foreign("told")
+        payload = foreign_payload(group, message, snapshot.timestamp_ms)
+        stream, group_id = message.stream, message.group_id
+        event = Event(stream, group_id, message.item_id, 0, payload, True, [], True)
+        for link in self._interested.get((stream, group_id), ()):
+            link.send(event)
+
+    def _count_foreign(self, outcome: str) -> None:
+        self.foreign_total[outcome] = self.foreign_total.get(outcome, 0) + 1
 
     def _publish(self, stream: str, group: GroupState, change: Change) -> None:
         """Tell `change` once to each gateway that wants the group or has a trigger on it."""

@@ -29,6 +29,7 @@ from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
+from shards.storage.redis_foreign import Foreign
 from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
@@ -61,6 +62,7 @@ class RedisStorage:
         remote_changes: called with each change that another broker made to a group of
             `interest`, in order of the group's numbers and in turn with what is settled here.
             Numbers that are left out could not be had any more.
+        foreign: called with what other programs tell the subscribers of a group of `interest`.
         told: called with what keeps Redis from being used, and None when it can be again.
 
     Raises:
@@ -78,6 +80,7 @@ class RedisStorage:
         shards: int = 1,
         remote_changes: RemoteChange | None = None,
         told: Callable[[str | None], None] | None = None,
+        foreign: Callable[[Foreign], None] | None = None,
     ) -> None:
         redis_keys.prepare()
         self._clock = clock
@@ -85,7 +88,9 @@ class RedisStorage:
         self._settings = Settings(history_limits, response_bytes_max)
         self._told = told
         self._client = RedisClient(url, self._returned, self._troubled)
-        self._changes = RemoteChanges(self._client, remote_changes or _nobody)
+        self._changes = RemoteChanges(
+            self._client, remote_changes or _nobody, foreign or _nobody_is_told
+        )
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
         self._scan_due_s = 0.0
@@ -95,6 +100,7 @@ class RedisStorage:
     async def open(self) -> None:
         """Reach Redis, or go on trying; until then calls fail."""
         await self._client.open()
+        self._changes.open()
 
     async def close(self) -> None:
         await self._tasks.wait()
@@ -333,3 +339,7 @@ def _contended(group: Group) -> StorageError:
 
 def _nobody(stream: str, group_id: str, change: Change) -> None:
     """Where nobody asks what others do."""
+
+
+def _nobody_is_told(message: Foreign) -> None:
+    """Where nobody asks what other programs say."""

@@ -23,6 +23,7 @@ from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
 from shards.storage.redis_client import RedisClient
+from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
 from shards.storage.redis_turn import change_of
 
 RemoteChange = Callable[[str, str, Change], None]
@@ -38,6 +39,8 @@ SEPARATOR = b"\x1e"
 """Between the envelopes of one message; no JSON text holds it."""
 PAGE = 100
 """Groups that are looked at in one pipeline."""
+FOREIGN_BYTES_MAX = 2**20
+"""Of a message of another program; a larger one is skipped."""
 QUIET_S_MAX = 10.0
 """Seconds without a message after which the connection is asked for a sign of life."""
 AWAY_S = 0.1
@@ -61,9 +64,12 @@ class _Watched:
 class RemoteChanges:
     """Subscribes to the groups that are wanted and calls `tell`."""
 
-    def __init__(self, client: RedisClient, tell: RemoteChange) -> None:
+    def __init__(
+        self, client: RedisClient, tell: RemoteChange, tell_foreign: Callable[[Foreign], None]
+    ) -> None:
         self._client = client
         self._tell = tell
+        self._tell_foreign = tell_foreign
         self._watched: dict[Group, _Watched] = {}
         self._channels: dict[bytes, Group] = {}
         self._positions: OrderedDict[Group, _Position] = OrderedDict()
@@ -75,6 +81,10 @@ class RemoteChanges:
         self._listener: asyncio.Task[None] | None = None
         self._healing = False
         self._closed = False
+
+    def open(self) -> None:
+        """Listen, as soon as Redis is there."""
+        self._listener = asyncio.get_running_loop().create_task(self._listen())
 
     async def close(self) -> None:
         """Tell nothing any more."""
@@ -96,8 +106,6 @@ class RemoteChanges:
             return
         self._wishes[channel] = wanted
         self._send_soon()
-        if self._listener is None and not self._closed:
-            self._listener = asyncio.get_running_loop().create_task(self._listen())
 
     # Around our own `execute` -----------------------------------------------------------------
 
@@ -232,6 +240,7 @@ class RemoteChanges:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
                 await pubsub.subscribe(redis_keys.STREAMS_KEY, *self._channels)
+                await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
                 self._send_soon()
                 await self._receive(pubsub)
@@ -256,6 +265,11 @@ class RemoteChanges:
                 await pubsub.ping()
 
     def _message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "pmessage":
+            foreign = foreign_of(message["data"], FOREIGN_BYTES_MAX)
+            if foreign is not None and Group(foreign.stream, foreign.group_id) in self._watched:
+                self._tell_foreign(foreign)
+            return
         group = self._channels.get(message["channel"] or b"")
         if group is None:
             return

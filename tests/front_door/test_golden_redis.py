@@ -191,7 +191,6 @@ async def replay_last_delete(server: RedisServer, broker: Broker) -> None:
     assert server.client.exists("stream:s:g") == 0
 
 
-@pytest.mark.xfail(strict=True, reason="messages of others are not delivered yet")
 def test_foreign_publish(server: RedisServer, broker: Broker, run: Run) -> None:
     run(replay_foreign(server, broker))
 
