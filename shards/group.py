@@ -86,10 +86,12 @@ class Done(msgspec.Struct, frozen=True, gc=False):
 
     result: JSON text of what the caller gets; None: nothing.
     change: what everyone else gets, if there is anything to tell.
+    failure: what the caller is told instead of the result, although it is done.
     """
 
     result: bytes | None
     change: Change | None = None
+    failure: str | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, gc=False):

@@ -162,11 +162,7 @@ class Requests:
         outcome, group = settled
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
-                code, what = _FAILURES[type(operation)]
-                _log.warning("storage_failed", stream=operation.stream, reason=outcome.message)
-                outcome = StorageError(
-                    code, f"{what}: {outcome.message}", retryable=outcome.retryable
-                )
+                outcome = _storage_failure(operation, outcome.message, outcome.retryable)
             self._fail(link, operation.call_id, outcome)
             return
         assert group is not None, "a group comes with every outcome but a StorageError"
@@ -177,7 +173,10 @@ class Requests:
         if isinstance(outcome, Past):
             link.send(Reply(operation.call_id, past_payload(group, outcome)))
             return
-        link.send(Reply(operation.call_id, outcome.result))
+        if outcome.failure is None:
+            link.send(Reply(operation.call_id, outcome.result))
+        else:
+            self._fail(link, operation.call_id, _storage_failure(operation, outcome.failure))
         if outcome.change is not None:
             self._publish(operation.stream, group, outcome.change)
 
@@ -319,6 +318,12 @@ class Requests:
     def _count_call(self, call: ToShard) -> None:
         name = type(call).__name__
         self.calls_total[name] = self.calls_total.get(name, 0) + 1
+
+
+def _storage_failure(operation: Operation, reason: str, retryable: bool = False) -> StorageError:
+    code, what = _FAILURES[type(operation)]
+    _log.warning("storage_failed", stream=operation.stream, reason=reason)
+    return StorageError(code, f"{what}: {reason}", retryable=retryable)
 
 
 def _overloaded() -> BrokerError:

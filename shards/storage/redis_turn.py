@@ -404,11 +404,19 @@ class Turn:
             change = replace(decided.change, seq=self.seq, timestamp_ms=timestamp_ms)
             return Done(decided.result, change)
         items = {}
-        if old is not None:  # also what is no JSON can be replaced and deleted
+        is_readable = True
+        if old is not None:
             assert operation.item_id is not None, "only custom events may be of no item"
-            items[operation.item_id] = old if is_json(old) else b"null"
+            is_readable = is_json(old)
+            items[operation.item_id] = old if is_readable else b"null"
         self._set_head(self.seq - 1, timestamp_ms)
-        return self._attempt(operation, items, timestamp_ms)
+        outcome = self._attempt(operation, items, timestamp_ms)
+        if not is_readable and isinstance(outcome, Done):
+            # As in the original: it has been done, which mends the item, and the caller is told.
+            what = "the value that was replaced or deleted"
+            failure = f"{what}, of {self._name(operation.item_id)}, was text that is no JSON"
+            return replace(outcome, failure=failure)
+        return outcome
 
     def _join_outcome(
         self, join: messages.Join, code: int, answer: Answer
@@ -446,8 +454,11 @@ class Turn:
         return self._attempt(call, {}, self._now_ms)
 
     def _no_json(self, item_id: str) -> StorageError:
-        message = f"item_id {item_id[:100]!r} of key {self.keys.data!r} holds text that is no JSON"
-        return StorageError("not_readable", f"{message}; set or delete it")
+        message = f"{self._name(item_id)} holds text that is no JSON; set or delete it"
+        return StorageError("not_readable", message)
+
+    def _name(self, item_id: str | None) -> str:
+        return f"item_id {(item_id or '')[:100]!r} of key {self.keys.data!r}"
 
     def _set_head(self, seq: int, next_timestamp_ms: int) -> None:
         self.group.head.seq, self.group.head.timestamp_ms = seq, next_timestamp_ms - 1
