@@ -29,7 +29,9 @@ from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
+from shards.storage.redis_cluster import RedisCluster
 from shards.storage.redis_foreign import Foreign
+from shards.storage.redis_pools import parsed, pool_of
 from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
@@ -87,7 +89,15 @@ class RedisStorage:
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
         self._told = told
-        self._client = RedisClient(url, self._returned, self._troubled)
+        place = parsed(url)
+        self._client: RedisClient | RedisCluster
+        if place.kind == "cluster":
+            self._client = RedisCluster(place, self._returned, self._troubled)
+            # The original's engines, which know no clusters, don't listen; each node would.
+            self._settings = self._settings._replace(serves_others=False)
+        else:
+            pool, address = pool_of(place), place.address
+            self._client = RedisClient(pool, address, self._returned, self._troubled)
         self._changes = RemoteChanges(
             self._client, remote_changes or _nobody, foreign or _nobody_is_told
         )
@@ -181,8 +191,10 @@ class RedisStorage:
         conflicts = 0
         for call, reply in zip(calls, replies, strict=False):
             if isinstance(reply, ResponseError):
+                reply = self._client.refused(reply)  # noqa: PLW2901 - from here on alike
+            if isinstance(reply, StorageError):
                 for turn in call.turns:
-                    turn.fail(self._client.refused(reply))
+                    turn.fail(reply)
                 continue
             answer = Answer(reply)
             for turn in call.turns:
@@ -206,7 +218,7 @@ class RedisStorage:
             asked = turn.ask(now_ms)
             if not turn.steps:
                 continue
-            place = self._client.place(turn.keys.data)
+            place = self._client.place(turn.keys)
             call = open_calls.get(place)
             if call is None or not call.takes(asked):
                 call = open_calls[place] = Call()
@@ -220,8 +232,10 @@ class RedisStorage:
         if not wanted:
             return
         commands = [("HMGET", turn.keys.data, *items) for turn, items in wanted]
-        for (turn, items), texts in zip(wanted, await self._client.run(commands), strict=True):
-            if isinstance(texts, ResponseError):  # the script meets the same
+        for (turn, items), texts in zip(wanted, await self._client.each(commands), strict=True):
+            if isinstance(texts, StorageError):
+                turn.fail(texts)
+            elif isinstance(texts, ResponseError):  # the script meets the same
                 turn.current = {}
             else:
                 turn.current = dict(zip(items, texts, strict=True))
@@ -280,16 +294,15 @@ class RedisStorage:
         index = redis_keys.groups_key(stream)
         names = [redis_keys.encoded(group.group_id) for group in groups]
         checks = [("HLEN", redis_keys.data_key(group)) for group in groups]
-        _, *counts, left = await self._client.run(
-            [("SREM", index, *names), *checks, ("SCARD", index)]
-        )
+        await self._client.run([("SREM", index, *names)])
+        *counts, left = await self._client.run([*checks, ("SCARD", index)])
         # Begun by others meanwhile, who may have entered them before they were taken out.
         came = [group for group, count in zip(groups, counts, strict=True) if count != 0]
         await self._client.run(_index_commands(came))
         if left == 0 and not came:
             encoded = redis_keys.encoded(stream)
-            drop = ("SREM", redis_keys.STREAMS_KEY, encoded)
-            _, now = await self._client.run([drop, ("SCARD", index)])
+            await self._client.run([("SREM", redis_keys.STREAMS_KEY, encoded)])
+            (now,) = await self._client.run([("SCARD", index)])
             if now != 0:
                 await self._client.run([("SADD", redis_keys.STREAMS_KEY, encoded)])
 
@@ -300,22 +313,28 @@ class RedisStorage:
             start_s = loop.time()
             if start_s < self._scan_due_s:
                 return
-            cursor: Reply = 0
             steps = 0
-            while True:
-                steps += 1
-                command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
-                (reply,) = await self._client.run([command])
-                if isinstance(reply, ResponseError):
-                    raise self._client.refused(reply)
-                cursor, keys = reply
-                groups = [redis_keys.group_of_data_key(key) for key in keys]
-                await self._client.run(_index_commands(g for g in groups if g is not None))
-                if int(cursor) == 0:
-                    break
+            for server in self._client.servers:
+                steps += await self._look_through(server)
             if steps > SCAN_STEPS_FREE:
                 now_s = loop.time()
                 self._scan_due_s = now_s + SCAN_PAUSE * (now_s - start_s)
+
+    async def _look_through(self, server: RedisClient) -> int:
+        """Enter the groups that a server has; the steps that it took."""
+        cursor: Reply = 0
+        steps = 0
+        while True:
+            steps += 1
+            command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
+            (reply,) = await server.run([command])
+            if isinstance(reply, ResponseError):
+                raise self._client.refused(reply)
+            cursor, keys = reply
+            groups = [redis_keys.group_of_data_key(key) for key in keys]
+            await self._client.run(_index_commands(g for g in groups if g is not None))
+            if int(cursor) == 0:
+                return steps
 
 
 def _index_commands(groups: Iterable[Group]) -> list[Command]:

@@ -23,6 +23,7 @@ from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
 from shards.storage.redis_client import RedisClient
+from shards.storage.redis_cluster import RedisCluster
 from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
 from shards.storage.redis_turn import change_of
 
@@ -65,7 +66,10 @@ class RemoteChanges:
     """Subscribes to the groups that are wanted and calls `tell`."""
 
     def __init__(
-        self, client: RedisClient, tell: RemoteChange, tell_foreign: Callable[[Foreign], None]
+        self,
+        client: RedisClient | RedisCluster,
+        tell: RemoteChange,
+        tell_foreign: Callable[[Foreign], None],
     ) -> None:
         self._client = client
         self._tell = tell
@@ -235,7 +239,10 @@ class RemoteChanges:
         while True:
             while not self._client.is_up:
                 await asyncio.sleep(AWAY_S)
-            pubsub = self._client.pubsub()
+            try:
+                pubsub = self._client.pubsub()
+            except RedisError:
+                continue  # it went away this moment
             try:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.

@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from hashlib import sha1
 from typing import Any
-from urllib.parse import urlsplit
 
 from hiredis import pack_command
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthenticationWrongNumberOfArgsError,
     BusyLoadingError,
@@ -28,21 +27,17 @@ from redis.exceptions import (
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from broker import logs
-from broker.errors import ConfigError, StorageError
+from broker.errors import StorageError
 from broker.tasks import Tasks
-
-REDIS_URL_KEY = "modules[].config.adapter.config.redis_url"
-"""The key that errors about the URL name."""
+from shards.storage import redis_keys
+from shards.storage.redis_pools import ANSWER_S_MAX
 
 PIPELINES_MAX = 8
 """Of one shard at the same time, each on a connection of its own; more wait."""
-ANSWER_S_MAX = 3.0
-"""Seconds without an answer, or without a connection, after which a call fails."""
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 1.0
 """Seconds between attempts to reach Redis again: doubled from the least to the most."""
 CHECK_S = 1.0
 """Seconds between looks whether Redis can be written to."""
-PROBE_KEY = "broker:probe"
 TROUBLE_LENGTH_MAX = 300
 """Characters of what is told of trouble."""
 
@@ -81,15 +76,17 @@ class RedisClient:
     Args:
         on_return: called when Redis can be reached: at first, and each time after it was lost.
         on_trouble: called when `trouble` changed.
-
-    Raises:
-        ConfigError: nothing can be made of the URL.
     """
 
     def __init__(
-        self, url: str, on_return: Callable[[], None], on_trouble: Callable[[], None]
+        self,
+        pool: ConnectionPool,
+        address: str,
+        on_return: Callable[[], None],
+        on_trouble: Callable[[], None],
     ) -> None:
-        self.address = _address(url)
+        self.address = address
+        self.probe_key = "broker:probe"
         self._on_return = on_return
         self._on_trouble = on_trouble
         self.round_trips_total = 0
@@ -100,18 +97,7 @@ class RedisClient:
         self._tasks = Tasks()
         self._closed = asyncio.Event()
         self._free = asyncio.Semaphore(PIPELINES_MAX)
-        try:
-            pool: Any = ConnectionPool.from_url(
-                url,
-                socket_timeout=ANSWER_S_MAX,
-                socket_connect_timeout=ANSWER_S_MAX,
-                retry=Retry(NoBackoff(), 0),  # a write that may have been done is not repeated
-                protocol=2,
-            )
-            pool.make_connection()  # finds fault with options that the URL gives
-        except (ValueError, TypeError) as error:
-            raise ConfigError(REDIS_URL_KEY, f"can't be used: {error}") from None
-        self._pool = pool
+        self._pool: Any = pool
         self._redis = Redis(connection_pool=pool)
 
     @property
@@ -124,8 +110,13 @@ class RedisClient:
         """Why nothing can be written, or read; None: as far as is known both can."""
         return self._trouble
 
-    def place(self, key: str) -> int:
-        """The same for keys that one call of a script may touch."""
+    @property
+    def servers(self) -> list[RedisClient]:
+        """Those that hold data."""
+        return [self]
+
+    def place(self, keys: redis_keys.GroupKeys) -> int:
+        """The same for groups that one call of a script may touch."""
         return 0
 
     async def open(self) -> None:
@@ -140,6 +131,9 @@ class RedisClient:
         await self._tasks.wait()
         await self._redis.aclose()
         await self._pool.aclose()
+        if isinstance(self._pool, SentinelConnectionPool):
+            for sentinel in self._pool.sentinel_manager.sentinels:
+                await sentinel.aclose()
 
     async def run(self, commands: Sequence[Command]) -> list[Reply]:
         """The replies to `commands`, sent in one go; for one that Redis refused, its error.
@@ -158,6 +152,13 @@ class RedisClient:
                     return await self._exchange(commands)
             except (RedisError, OSError) as error:
                 raise self._lost(error) from None
+
+    async def each(self, commands: Sequence[Command]) -> list[Reply]:
+        """As `run`, but with the error for each reply where Redis was not reached."""
+        try:
+            return await self.run(commands)
+        except StorageError as error:
+            return [error] * len(commands)
 
     async def _exchange(self, commands: Sequence[Command]) -> list[Reply]:
         # Not by the library's pipeline, whose parts cost more per command than Redis's work.
@@ -264,9 +265,10 @@ class RedisClient:
     async def _probe(self) -> None:
         """Find out whether Redis can be written to."""
         async with asyncio.timeout(ANSWER_S_MAX):
-            (reply,) = await self._exchange([("SET", PROBE_KEY, "", "PX", 1)])
+            (reply,) = await self._exchange([("SET", self.probe_key, "", "PX", 1)])
         before, self._refusing = self._refusing, None
-        if isinstance(reply, ResponseError):
+        # A slot that moves is no trouble: who has it then is asked.
+        if isinstance(reply, ResponseError) and not isinstance(reply, AskError):
             self._refusing = _refusal(_whole_text(reply))
         if self._refusing is not None and self._refusing != before:
             _log.warning("redis_refuses", address=self.address, reason=self._refusing)
@@ -296,15 +298,6 @@ class RedisClient:
         _log.info("redis_reached", address=self.address)
         self._on_return()
         return True
-
-
-def _address(url: str) -> str:
-    """The place that the URL names, without its password."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    host = parts.hostname or "localhost"
-    return f"{f'[{host}]' if ':' in host else host}:{parts.port or 6379}"
 
 
 def _whole_text(error: ResponseError) -> str:

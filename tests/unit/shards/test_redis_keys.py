@@ -55,7 +55,7 @@ def test_data_lies_where_the_original_has_it() -> None:
 def test_all_keys_of_a_group_are_in_one_slot(stream: str, group_id: str) -> None:
     keys = group_keys(Group(stream, group_id))
     assert {key_slot(key.encode()) for key in keys[:5]} == {slot(keys.data)}
-    assert len(set(keys)) == len(keys)
+    assert len(set(keys[:5])) == 5
     assert not any(key.startswith("stream:") for key in keys[1:5])
 
 
