@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, structs
 
+from broker import redis_url
 from broker.config_text import (
     Value,
     check_keys,
@@ -251,7 +251,7 @@ _ADAPTERS = {
     "name": {"kv": "kv", "redis": "redis", "bridge": "bridge"},
 }
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]*")
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
 
 _Part = TypeVar("_Part", bound=msgspec.Struct)
 _Values = dict[str, Value]
@@ -412,10 +412,12 @@ def _adapter(values: _Values, path: str, warnings: list[str]) -> KvAdapter | Red
             return KvAdapter(**converted(KvAdapter, own, config_path, ignored))
         case "redis":
             redis = RedisAdapter(**converted(RedisAdapter, config, config_path))
-            if not _is_redis_url(redis.redis_url):
+            try:
+                redis_url.parse(redis.redis_url)
+            except ValueError as error:
                 reason = f"may hold a URL that starts with {' or '.join(_REDIS_SCHEMES)}"
                 reason = f"holds {shown(redis.redis_url)}, {reason} and names a valid host and port"
-                raise ConfigError(f"{config_path}.redis_url", reason)
+                raise ConfigError(f"{config_path}.redis_url", f"{reason}: {error}") from None
             return redis
         case "bridge":
             reason = f"holds {shown(name)}, which would keep the data in another engine"
@@ -423,14 +425,6 @@ def _adapter(values: _Values, path: str, warnings: list[str]) -> KvAdapter | Red
             reason = f"holds {shown(name)}"
     known = ", ".join(name for name, kind in _ADAPTERS[spelling].items() if kind != "bridge")
     raise ConfigError(f"{path}.{spelling}", f"{reason}; may hold one of {known}")
-
-
-def _is_redis_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return url.startswith(_REDIS_SCHEMES) and parts.port != 0
-    except ValueError:  # of the port, or of an IPv6 address
-        return False
 
 
 def _worker_manager(path: str, config: _Values, warnings: list[str]) -> dict[str, Any]:

@@ -274,7 +274,8 @@ class Event(Traced, tag=24):
     """A committed change or a custom event, encoded for subscribers and triggers alike.
 
     `subscribed`: the gateway had joined the group. `triggers`: ids that matched, in order of
-    their registration. `custom`: no item changed.
+    their registration. `custom`: no item changed. `seq` 0: a word of another program, beside the
+    group's numbers.
     """
 
     stream: str
@@ -294,6 +295,13 @@ class Left(Message, tag=25):
     stream: str
     group_id: str
     payload: bytes
+
+
+class StorageState(Message, tag=40):
+    """What keeps the shard's storage from working, in words; None: it works. Told when it changes,
+    and after `Welcome` when there is trouble."""
+
+    trouble: str | None
 
 
 ToShard = (
@@ -322,4 +330,4 @@ ToShard = (
     | AskTop
     | GatewayTells
 )
-ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left
+ToGateway = Heartbeat | Welcome | Reply | Failure | Synced | Event | Left | StorageState

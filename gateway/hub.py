@@ -201,9 +201,10 @@ class Hub:
         if group is None:
             return []
         behind: list[Subscription] = []
-        if group.seq is not None and event.seq != group.seq + 1:
-            behind = self._gap(group)
-        group.seq = event.seq
+        if event.seq:  # 0: a word of another program, which has no number
+            if group.seq is not None and event.seq != group.seq + 1:
+                behind = self._gap(group)
+            group.seq = event.seq
         self.events_total += 1
         if group.live:
             frame = text_frame(event.payload)

@@ -115,8 +115,10 @@ class Gateway:
 
     def not_ready(self) -> list[str]:
         """Why not everything works, a sentence each."""
+        links = self.links.links
         return [
-            f"shard {link.shard} does not answer" for link in self.links.links if not link.ready
+            *(f"shard {link.shard} does not answer" for link in links if not link.ready),
+            *(f"shard {link.shard}: {link.trouble}" for link in links if link.trouble),
         ]
 
     # What the links call.

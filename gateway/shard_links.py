@@ -19,6 +19,7 @@ from broker.messages import (
     Hello,
     Left,
     Reply,
+    StorageState,
     Synced,
     ToGateway,
     Welcome,
@@ -124,6 +125,8 @@ class ShardLink:
         self._call_id = 0
         self._heard_at = 0.0
         self.ready = False
+        self.trouble: str | None = None
+        """What the shard says of its storage, if it does not work."""
         self.links_total = 0
         self.refused_total = 0
         self.overflows_total = 0
@@ -242,6 +245,8 @@ class ShardLink:
                     )
                 case Left():
                     self._user.left(message)
+                case StorageState():
+                    self.trouble = message.trouble
                 case Heartbeat():
                     pass
                 case Welcome():
@@ -256,7 +261,7 @@ class ShardLink:
         self._before = (self.received_bytes, self.sent_bytes)
         self.overflows_total += link.overflowed
         self._link = None
-        self.ready = False
+        self.ready, self.trouble = False, None
         self._lost.set()
         answers, self._answers = self._answers, {}
         for answered in answers.values():

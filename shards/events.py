@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shards.group import Change, GroupState, Kind, Past, Resumed, Snapshot
+from shards.storage.redis_foreign import Foreign
 
 _encode = msgspec.json.encode
 
@@ -28,6 +29,23 @@ def event_payload(group: GroupState, change: Change) -> bytes:
             kind,
             change.data,
             end,
+        )
+    )
+
+
+def foreign_payload(group: GroupState, message: Foreign, timestamp_ms: int) -> bytes:
+    """The JSON text of the envelope of what another program tells; it has no number."""
+    return b"".join(
+        (
+            b'{"type":',
+            _encode(message.type),
+            b',"timestamp":%d,' % timestamp_ms,
+            group.names,
+            b',"id":',
+            b"null" if message.item_id is None else _encode(message.item_id),
+            b',"event":',
+            message.event,
+            b"}",
         )
     )
 

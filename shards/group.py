@@ -86,10 +86,12 @@ class Done(msgspec.Struct, frozen=True, gc=False):
 
     result: JSON text of what the caller gets; None: nothing.
     change: what everyone else gets, if there is anything to tell.
+    failure: what the caller is told instead of the result, although it is done.
     """
 
     result: bytes | None
     change: Change | None = None
+    failure: str | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, gc=False):
@@ -131,6 +133,11 @@ def new_epoch() -> str:
     return secrets.token_hex(6)
 
 
+def names_text(stream: str, group_id: str) -> bytes:
+    """JSON members of an envelope that name a group (protocol section 5.4)."""
+    return b'"streamName":' + _encode(stream) + b',"groupId":' + _encode(group_id)
+
+
 class GroupState:
     """A group's head and items, in order of first insertion.
 
@@ -151,14 +158,14 @@ class GroupState:
         "untrimmed",
     )
 
-    def __init__(self, stream: str, group_id: str, head: Head) -> None:
+    def __init__(self, stream: str, group_id: str, head: Head, names: bytes = b"") -> None:
         self.group_id = group_id
         self.head = head
         self.items: dict[str, bytes] = {}
         self.complete = True
         self.count = 0
         self.bytes = 0
-        self.names = b'"streamName":' + _encode(stream) + b',"groupId":' + _encode(group_id)
+        self.names = names or names_text(stream, group_id)
         """The JSON text of the envelope's names, encoded once."""
         self.row = 0
         """The storage's own number of the group; 0: none yet."""

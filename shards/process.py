@@ -31,6 +31,7 @@ from shards.storage.base import Storage
 from shards.storage.memory import MemoryStorage
 from shards.storage.redis import RedisStorage
 from shards.storage.redis_changes import RemoteChange
+from shards.storage.redis_foreign import Foreign
 from shards.storage.sqlite import SqliteStorage
 from shards.storage.survey import Survey
 
@@ -65,8 +66,13 @@ async def serve(process: Service) -> None:
     def changed_elsewhere(stream: str, group_id: str, change: Change) -> None:
         requests.changed_elsewhere(stream, group_id, change)
 
-    storage = _storage(settings, index, changed_elsewhere)
-    await storage.open()
+    def storage_state(trouble: str | None) -> None:
+        requests.storage_state(trouble)
+
+    def foreign_received(message: Foreign) -> None:
+        requests.foreign_received(message)
+
+    storage = _storage(settings, index, changed_elsewhere, storage_state, foreign_received)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases)
     registry = _metrics(process, requests, storage)
@@ -82,6 +88,7 @@ async def serve(process: Service) -> None:
     vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
     Introspection(index, requests, vitals, report)
     requests.tracing = process.tracing
+    await storage.open()
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(
@@ -111,7 +118,13 @@ async def serve(process: Service) -> None:
     _log.info("shard_stopped")
 
 
-def _storage(settings: Config, index: int, remote_changes: RemoteChange) -> Storage:
+def _storage(
+    settings: Config,
+    index: int,
+    remote_changes: RemoteChange,
+    told: Callable[[str | None], None],
+    foreign: Callable[[Foreign], None],
+) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
     history = HistoryLimits(
@@ -129,6 +142,8 @@ def _storage(settings: Config, index: int, remote_changes: RemoteChange) -> Stor
             shard=index,
             shards=settings.shards,
             remote_changes=remote_changes,
+            told=told,
+            foreign=foreign,
         )
     if adapter.store_method == "in_memory":
         return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)
@@ -196,6 +211,11 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
     metrics.histogram("commit_batch_operations", "Operations of a batch.", committer.sizes)
     metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)
     metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
+    metrics.counters(
+        "foreign_events",
+        "What other programs told subscribers through Redis, by outcome.",
+        lambda: by_label("outcome", requests.foreign_total),
+    )
     metrics.counter(
         "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total
     )

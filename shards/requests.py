@@ -18,7 +18,7 @@ from broker.tracing import Kind as SpanKind
 from broker.tracing import Span, Tracing
 from shards import update_ops
 from shards.committer import Committer
-from shards.events import event_payload, past_payload, resume_payload, sync_payload
+from shards.events import event_payload, foreign_payload, past_payload, resume_payload, sync_payload
 from shards.group import (
     Change,
     GroupState,
@@ -32,6 +32,7 @@ from shards.group import (
 )
 from shards.leases import Leases
 from shards.storage.base import Settled, Storage
+from shards.storage.redis_foreign import Foreign
 from shards.triggers import Triggers
 
 _log = logs.Log("requests")
@@ -81,7 +82,7 @@ class Requests:
         self._shard = shard
         self._shards = shards
         self._storage = storage
-        self.committer = Committer[GatewayLink](storage, self._settle)
+        self.committer = Committer[GatewayLink | Foreign](storage, self._settle)
         self.triggers = Triggers[GatewayLink]()
         self.leases = leases
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
@@ -90,7 +91,9 @@ class Requests:
         self.reporter: Reporter | None = None
         self.tracing: Tracing | None = None
         self._spans: dict[Trace, Span] = {}
+        self._trouble: str | None = None
         self.events_total = 0
+        self.foreign_total: dict[str, int] = {}
         self.triggers_fired_total = 0
         self.failures_total = LabelCounts(
             ["function", "code"],
@@ -204,20 +207,24 @@ class Requests:
                 else:
                     self.leases.gateway_linked(link, message.gateway_id)
                     link.send(Welcome(messages.VERSION, self._shard, self._shards))
+                    if self._trouble is not None:
+                        link.send(messages.StorageState(self._trouble))
             case _:
                 assert_never(message)
 
-    def _settle(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
+    def _settle(self, operation: Operation, asker: GatewayLink | Foreign, settled: Settled) -> None:
+        if isinstance(asker, Foreign):
+            self._tell_foreign(asker, settled)
+        else:
+            self._answer(operation, asker, settled)
+
+    def _answer(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
         outcome, group = settled
         if self._spans:
             self._end_span(operation, outcome)
         if isinstance(outcome, BrokerError):
             if isinstance(outcome, StorageError):
-                code, what = _FAILURES[type(operation)]
-                _log.warning("storage_failed", stream=operation.stream, reason=outcome.message)
-                outcome = StorageError(
-                    code, f"{what}: {outcome.message}", retryable=outcome.retryable
-                )
+                outcome = _storage_failure(operation, outcome.message, outcome.retryable)
             self._fail(link, operation, outcome)
             return
         assert group is not None, "a group comes with every outcome but a StorageError"
@@ -228,7 +235,10 @@ class Requests:
         if isinstance(outcome, Past):
             link.send(Reply(operation.call_id, past_payload(group, outcome)))
             return
-        link.send(Reply(operation.call_id, outcome.result))
+        if outcome.failure is None:
+            link.send(Reply(operation.call_id, outcome.result))
+        else:
+            self._fail(link, operation, _storage_failure(operation, outcome.failure))
         if outcome.change is not None:
             self._publish(operation.stream, group, outcome.change, operation.trace)
 
@@ -256,9 +266,42 @@ class Requests:
             missed = [event_payload(group, change) for change in outcome.missed]
             link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload, missed))
 
+    def storage_state(self, trouble: str | None) -> None:
+        """Tell all gateways what keeps the storage from working, or that it works again."""
+        self._trouble = trouble
+        for link in self._links:
+            link.send(messages.StorageState(trouble))
+
     def changed_elsewhere(self, stream: str, group_id: str, change: Change) -> None:
         """Tell a change that another broker made on the same storage."""
         self._publish(stream, GroupState(stream, group_id, Head("")), change)
+
+    def foreign_received(self, message: Foreign) -> None:
+        """Tell what another program says in a group, at its place among the group's changes.
+
+        It is stamped as a sync would be, and has no number: it is not kept.
+        """
+        if self.committer.waiting >= WAITING_MAX:
+            self._count_foreign("overloaded")
+            return
+        place = messages.Join(0, message.stream, message.group_id, None, b"null")
+        self.committer.add(place, message)
+        self.committer.start()
+
+    def _tell_foreign(self, message: Foreign, settled: Settled) -> None:
+        snapshot, group = settled
+        if group is None or not isinstance(snapshot, Snapshot):
+            self._count_foreign("failed")
+            return
+        self._count_foreign("told")
+        payload = foreign_payload(group, message, snapshot.timestamp_ms)
+        stream, group_id = message.stream, message.group_id
+        event = Event(stream, group_id, message.item_id, 0, payload, True, [], True)
+        for link in self._interested.get((stream, group_id), ()):
+            link.send(event)
+
+    def _count_foreign(self, outcome: str) -> None:
+        self.foreign_total[outcome] = self.foreign_total.get(outcome, 0) + 1
 
     def _publish(
         self, stream: str, group: GroupState, change: Change, trace: Trace | None = None
@@ -369,6 +412,12 @@ class Requests:
 
     def _count_call(self, call: Operation | messages.ListGroups | messages.ListAll) -> None:
         self.calls_total[type(call).__name__] += 1
+
+
+def _storage_failure(operation: Operation, reason: str, retryable: bool = False) -> StorageError:
+    code, what = _FAILURES[type(operation)]
+    _log.warning("storage_failed", stream=operation.stream, reason=reason)
+    return StorageError(code, f"{what}: {reason}", retryable=retryable)
 
 
 def _overloaded() -> BrokerError:

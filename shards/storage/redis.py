@@ -1,10 +1,10 @@
 """Redis: items where the original engine keeps them (protocol section 10.1), numbered and ordered.
 
-The operations of one `execute` become one call of a Lua script per group, all in one pipeline: the
-script stores, numbers, stamps, keeps the history and publishes. An update starts from the item's
-text, which is read before and which the script compares; when another broker was faster, that
-update and what follows it on the group are tried again. Nothing of an item is kept in memory, so
-that what other programs write is seen.
+The operations of one `execute` become few calls of a Lua script, all in one pipeline: the script
+stores, numbers, stamps, keeps the history and publishes, one group after the other. An update
+starts from the item's text, which is read before and which the script compares; when another broker
+was faster, that update and what follows it on the group are tried again. Nothing of an item is kept
+in memory, so that what other programs write is seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +29,10 @@ from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_turn import Settings, Turn
+from shards.storage.redis_cluster import RedisCluster
+from shards.storage.redis_foreign import Foreign
+from shards.storage.redis_pools import parsed, pool_of
+from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
 """Times that an update is tried while others change its item."""
@@ -61,6 +64,8 @@ class RedisStorage:
         remote_changes: called with each change that another broker made to a group of
             `interest`, in order of the group's numbers and in turn with what is settled here.
             Numbers that are left out could not be had any more.
+        foreign: called with what other programs tell the subscribers of a group of `interest`.
+        told: called with what keeps Redis from being used, and None when it can be again.
 
     Raises:
         ConfigError: the URL can't be used.
@@ -76,13 +81,26 @@ class RedisStorage:
         shard: int = 0,
         shards: int = 1,
         remote_changes: RemoteChange | None = None,
+        told: Callable[[str | None], None] | None = None,
+        foreign: Callable[[Foreign], None] | None = None,
     ) -> None:
         redis_keys.prepare()
         self._clock = clock
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
-        self._client = RedisClient(url, self._returned)
-        self._changes = RemoteChanges(self._client, remote_changes or _nobody)
+        self._told = told
+        place = parsed(url)
+        self._client: RedisClient | RedisCluster
+        if place.kind == "cluster":
+            self._client = RedisCluster(place, self._returned, self._troubled)
+            # The original's engines, which know no clusters, don't listen; each node would.
+            self._settings = self._settings._replace(serves_others=False)
+        else:
+            pool, address = pool_of(place), place.address
+            self._client = RedisClient(pool, address, self._returned, self._troubled)
+        self._changes = RemoteChanges(
+            self._client, remote_changes or _nobody, foreign or _nobody_is_told
+        )
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
         self._scan_due_s = 0.0
@@ -92,6 +110,7 @@ class RedisStorage:
     async def open(self) -> None:
         """Reach Redis, or go on trying; until then calls fail."""
         await self._client.open()
+        self._changes.open()
 
     async def close(self) -> None:
         await self._tasks.wait()
@@ -138,7 +157,7 @@ class RedisStorage:
             if turn is None:
                 turn = Turn(Group(stream, operation.group_id), self._settings)
                 turns[operation.group_id] = turn
-            turn.waiting.append((index, operation))
+            turn.add(index, operation)
         groups = [turn.key for turn in turns.values()]
         self._changes.begin(groups)
         try:
@@ -159,32 +178,53 @@ class RedisStorage:
         """Let the script do what waits, or as much as fits and nobody interferes with."""
         await self._read_updated(turns)
         now_ms = self._clock()
-        calls = [(turn, turn.call(now_ms, new_epoch())) for turn in turns]
-        calls = [(turn, call) for turn, call in calls if turn.steps]
+        calls = self._calls(turns, now_ms)
         if not calls:
             return
-        new = [turn.key for turn, _ in calls if turn.puts and turn.key not in self._indexed]
+        asking = [turn for call in calls for turn in call.turns]
+        new = [turn.key for turn in asking if turn.puts and turn.key not in self._indexed]
+        head = self._settings.asked(now_ms, new_epoch())
         replies = await self._client.call(
-            _script(), [call for _, call in calls], _index_commands(new)
+            _script(), [call.arguments(head) for call in calls], _index_commands(new)
         )
         began: list[Group] = []
-        conflicts = False
-        for (turn, _), reply in zip(calls, replies, strict=False):
+        conflicts = 0
+        for call, reply in zip(calls, replies, strict=False):
             if isinstance(reply, ResponseError):
-                turn.fail(self._client.refused(str(reply)))
+                reply = self._client.refused(reply)  # noqa: PLW2901 - from here on alike
+            if isinstance(reply, StorageError):
+                for turn in call.turns:
+                    turn.fail(reply)
                 continue
-            before = turn.conflicts
-            if turn.take(reply, self._client.refused) and turn.key not in new:
-                began.append(turn.key)
-            if turn.conflicts > before:
-                conflicts = True
-                self.conflicts_total += 1
-            if turn.conflicts > CONFLICTS_MAX:
-                turn.fail(_contended(turn.key))
+            answer = Answer(reply)
+            for turn in call.turns:
+                before = turn.conflicts
+                if turn.take(answer, self._client.refused) and turn.key not in new:
+                    began.append(turn.key)
+                conflicts += turn.conflicts - before
+                if turn.conflicts > CONFLICTS_MAX:
+                    turn.fail(_contended(turn.key))
+        self.conflicts_total += conflicts
         self._note_indexed(new)
         await self._index(began)
         if conflicts:
             await asyncio.sleep(random.uniform(0, CONFLICT_WAIT_S_MAX))
+
+    def _calls(self, turns: list[Turn], now_ms: int) -> list[Call]:
+        """Share out what waits over calls of the script, as few as may be."""
+        calls: list[Call] = []
+        open_calls: dict[int, Call] = {}
+        for turn in turns:
+            asked = turn.ask(now_ms)
+            if not turn.steps:
+                continue
+            place = self._client.place(turn.keys)
+            call = open_calls.get(place)
+            if call is None or not call.takes(asked):
+                call = open_calls[place] = Call()
+                calls.append(call)
+            call.add(turn, asked)
+        return calls
 
     async def _read_updated(self, turns: Iterable[Turn]) -> None:
         """Bring in the texts that updates start from."""
@@ -192,8 +232,10 @@ class RedisStorage:
         if not wanted:
             return
         commands = [("HMGET", turn.keys.data, *items) for turn, items in wanted]
-        for (turn, items), texts in zip(wanted, await self._client.run(commands), strict=True):
-            if isinstance(texts, ResponseError):  # the script meets the same
+        for (turn, items), texts in zip(wanted, await self._client.each(commands), strict=True):
+            if isinstance(texts, StorageError):
+                turn.fail(texts)
+            elif isinstance(texts, ResponseError):  # the script meets the same
                 turn.current = {}
             else:
                 turn.current = dict(zip(items, texts, strict=True))
@@ -223,10 +265,14 @@ class RedisStorage:
         self._indexed.clear()
         self._scan_due_s = 0.0
 
+    def _troubled(self) -> None:
+        if self._told is not None:
+            self._told(self._client.trouble)
+
     async def _names(self, index: str) -> list[str]:
         (members,) = await self._client.run([("SMEMBERS", index)])
         if isinstance(members, ResponseError):
-            raise self._client.refused(str(members))
+            raise self._client.refused(members)
         texts = [member.decode(errors="replace") for member in members]
         return [name for text in texts if (name := redis_keys.decoded(text)) is not None]
 
@@ -248,16 +294,15 @@ class RedisStorage:
         index = redis_keys.groups_key(stream)
         names = [redis_keys.encoded(group.group_id) for group in groups]
         checks = [("HLEN", redis_keys.data_key(group)) for group in groups]
-        _, *counts, left = await self._client.run(
-            [("SREM", index, *names), *checks, ("SCARD", index)]
-        )
+        await self._client.run([("SREM", index, *names)])
+        *counts, left = await self._client.run([*checks, ("SCARD", index)])
         # Begun by others meanwhile, who may have entered them before they were taken out.
         came = [group for group, count in zip(groups, counts, strict=True) if count != 0]
         await self._client.run(_index_commands(came))
         if left == 0 and not came:
             encoded = redis_keys.encoded(stream)
-            drop = ("SREM", redis_keys.STREAMS_KEY, encoded)
-            _, now = await self._client.run([drop, ("SCARD", index)])
+            await self._client.run([("SREM", redis_keys.STREAMS_KEY, encoded)])
+            (now,) = await self._client.run([("SCARD", index)])
             if now != 0:
                 await self._client.run([("SADD", redis_keys.STREAMS_KEY, encoded)])
 
@@ -268,22 +313,28 @@ class RedisStorage:
             start_s = loop.time()
             if start_s < self._scan_due_s:
                 return
-            cursor: Reply = 0
             steps = 0
-            while True:
-                steps += 1
-                command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
-                (reply,) = await self._client.run([command])
-                if isinstance(reply, ResponseError):
-                    raise self._client.refused(str(reply))
-                cursor, keys = reply
-                groups = [redis_keys.group_of_data_key(key) for key in keys]
-                await self._client.run(_index_commands(g for g in groups if g is not None))
-                if int(cursor) == 0:
-                    break
+            for server in self._client.servers:
+                steps += await self._look_through(server)
             if steps > SCAN_STEPS_FREE:
                 now_s = loop.time()
                 self._scan_due_s = now_s + SCAN_PAUSE * (now_s - start_s)
+
+    async def _look_through(self, server: RedisClient) -> int:
+        """Enter the groups that a server has; the steps that it took."""
+        cursor: Reply = 0
+        steps = 0
+        while True:
+            steps += 1
+            command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
+            (reply,) = await server.run([command])
+            if isinstance(reply, ResponseError):
+                raise self._client.refused(reply)
+            cursor, keys = reply
+            groups = [redis_keys.group_of_data_key(key) for key in keys]
+            await self._client.run(_index_commands(g for g in groups if g is not None))
+            if int(cursor) == 0:
+                return steps
 
 
 def _index_commands(groups: Iterable[Group]) -> list[Command]:
@@ -307,3 +358,7 @@ def _contended(group: Group) -> StorageError:
 
 def _nobody(stream: str, group_id: str, change: Change) -> None:
     """Where nobody asks what others do."""
+
+
+def _nobody_is_told(message: Foreign) -> None:
+    """Where nobody asks what other programs say."""

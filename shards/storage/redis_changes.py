@@ -23,6 +23,8 @@ from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
 from shards.storage.redis_client import RedisClient
+from shards.storage.redis_cluster import RedisCluster
+from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
 from shards.storage.redis_turn import change_of
 
 RemoteChange = Callable[[str, str, Change], None]
@@ -34,8 +36,12 @@ POSITIONS_MAX = 10_000
 """Groups of which the last position is remembered although nobody wants them yet."""
 READ_MORE = 16
 """Changes that are read beside those that are missing, as others go on meanwhile."""
+SEPARATOR = b"\x1e"
+"""Between the envelopes of one message; no JSON text holds it."""
 PAGE = 100
 """Groups that are looked at in one pipeline."""
+FOREIGN_BYTES_MAX = 2**20
+"""Of a message of another program; a larger one is skipped."""
 QUIET_S_MAX = 10.0
 """Seconds without a message after which the connection is asked for a sign of life."""
 AWAY_S = 0.1
@@ -59,9 +65,15 @@ class _Watched:
 class RemoteChanges:
     """Subscribes to the groups that are wanted and calls `tell`."""
 
-    def __init__(self, client: RedisClient, tell: RemoteChange) -> None:
+    def __init__(
+        self,
+        client: RedisClient | RedisCluster,
+        tell: RemoteChange,
+        tell_foreign: Callable[[Foreign], None],
+    ) -> None:
         self._client = client
         self._tell = tell
+        self._tell_foreign = tell_foreign
         self._watched: dict[Group, _Watched] = {}
         self._channels: dict[bytes, Group] = {}
         self._positions: OrderedDict[Group, _Position] = OrderedDict()
@@ -74,12 +86,16 @@ class RemoteChanges:
         self._healing = False
         self._closed = False
 
+    def open(self) -> None:
+        """Listen, as soon as Redis is there."""
+        self._listener = asyncio.get_running_loop().create_task(self._listen())
+
     async def close(self) -> None:
         """Tell nothing any more."""
         self._closed = True
-        if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+        while self._listener is not None and not self._listener.done():
+            self._listener.cancel()  # again: one that meets a timeout of the library gets lost
+            await asyncio.wait([self._listener], timeout=1)
         await self._tasks.wait()
 
     def interest(self, group: Group, wanted: bool) -> None:
@@ -94,8 +110,6 @@ class RemoteChanges:
             return
         self._wishes[channel] = wanted
         self._send_soon()
-        if self._listener is None and not self._closed:
-            self._listener = asyncio.get_running_loop().create_task(self._listen())
 
     # Around our own `execute` -----------------------------------------------------------------
 
@@ -105,8 +119,10 @@ class RemoteChanges:
             if (watched := self._watched.get(group)) is not None:
                 watched.busy = True
 
-    async def catch_up(self, group: Group, epoch: str, seq: int, own: set[int]) -> None:
-        """Tell what others did up to `seq`, before the changes `own` are settled.
+    async def catch_up(
+        self, group: Group, epoch: str, seq: int, numbers: Callable[[], set[int]]
+    ) -> None:
+        """Tell what others did up to `seq`, before our own are settled, which have `numbers`.
 
         Does its best: when Redis is away, whoever counts finds the gap.
         """
@@ -117,6 +133,7 @@ class RemoteChanges:
         watched = self._watched.get(group)
         if watched is None:
             return
+        own = numbers()
         if not watched.is_known or watched.epoch != epoch:
             watched.is_known, watched.epoch = True, epoch
             watched.seq = min(own, default=seq + 1) - 1
@@ -222,11 +239,15 @@ class RemoteChanges:
         while True:
             while not self._client.is_up:
                 await asyncio.sleep(AWAY_S)
-            pubsub = self._client.pubsub()
+            try:
+                pubsub = self._client.pubsub()
+            except RedisError:
+                continue  # it went away this moment
             try:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
                 await pubsub.subscribe(redis_keys.STREAMS_KEY, *self._channels)
+                await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
                 self._send_soon()
                 await self._receive(pubsub)
@@ -251,6 +272,11 @@ class RemoteChanges:
                 await pubsub.ping()
 
     def _message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "pmessage":
+            foreign = foreign_of(message["data"], FOREIGN_BYTES_MAX)
+            if foreign is not None and Group(foreign.stream, foreign.group_id) in self._watched:
+                self._tell_foreign(foreign)
+            return
         group = self._channels.get(message["channel"] or b"")
         if group is None:
             return
@@ -258,8 +284,9 @@ class RemoteChanges:
             self._heal_soon(group)
         elif message["type"] == "message":
             try:
-                epoch, envelope = message["data"].split(b" ", 1)
-                self._arrived(group, epoch.decode(), change_of(envelope))
+                epoch, envelopes = message["data"].split(b" ", 1)
+                for envelope in envelopes.split(SEPARATOR):
+                    self._arrived(group, epoch.decode(), change_of(envelope))
             except (ValueError, msgspec.DecodeError):
                 return  # not one of ours
 

@@ -7,15 +7,16 @@ is back.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from hashlib import sha1
 from typing import Any
-from urllib.parse import urlsplit
 
+from hiredis import pack_command
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthenticationWrongNumberOfArgsError,
     BusyLoadingError,
@@ -26,18 +27,19 @@ from redis.exceptions import (
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from broker import logs
-from broker.errors import ConfigError, StorageError
+from broker.errors import StorageError
 from broker.tasks import Tasks
-
-REDIS_URL_KEY = "modules[].config.adapter.config.redis_url"
-"""The key that errors about the URL name."""
+from shards.storage import redis_keys
+from shards.storage.redis_pools import ANSWER_S_MAX
 
 PIPELINES_MAX = 8
 """Of one shard at the same time, each on a connection of its own; more wait."""
-ANSWER_S_MAX = 3.0
-"""Seconds without an answer, or without a connection, after which a call fails."""
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 1.0
 """Seconds between attempts to reach Redis again: doubled from the least to the most."""
+CHECK_S = 1.0
+"""Seconds between looks whether Redis can be written to."""
+TROUBLE_LENGTH_MAX = 300
+"""Characters of what is told of trouble."""
 
 Command = Sequence[str | bytes | int]
 Reply = Any
@@ -73,32 +75,29 @@ class RedisClient:
 
     Args:
         on_return: called when Redis can be reached: at first, and each time after it was lost.
-
-    Raises:
-        ConfigError: nothing can be made of the URL.
+        on_trouble: called when `trouble` changed.
     """
 
-    def __init__(self, url: str, on_return: Callable[[], None]) -> None:
-        self.address = _address(url)
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        address: str,
+        on_return: Callable[[], None],
+        on_trouble: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self.probe_key = "broker:probe"
         self._on_return = on_return
+        self._on_trouble = on_trouble
         self.round_trips_total = 0
         self._down: str | None = "was not reached yet"
+        self._refusing: str | None = None
+        self._trouble: str | None = None
         self._knocking = False
         self._tasks = Tasks()
         self._closed = asyncio.Event()
         self._free = asyncio.Semaphore(PIPELINES_MAX)
-        try:
-            pool: Any = ConnectionPool.from_url(
-                url,
-                socket_timeout=ANSWER_S_MAX,
-                socket_connect_timeout=ANSWER_S_MAX,
-                retry=Retry(NoBackoff(), 0),  # a write that may have been done is not repeated
-                protocol=2,
-            )
-            pool.make_connection()  # finds fault with options that the URL gives
-        except (ValueError, TypeError) as error:
-            raise ConfigError(REDIS_URL_KEY, f"can't be used: {error}") from None
-        self._pool = pool
+        self._pool: Any = pool
         self._redis = Redis(connection_pool=pool)
 
     @property
@@ -106,10 +105,25 @@ class RedisClient:
         """Whether Redis was there when it was last asked."""
         return self._down is None
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be written, or read; None: as far as is known both can."""
+        return self._trouble
+
+    @property
+    def servers(self) -> list[RedisClient]:
+        """Those that hold data."""
+        return [self]
+
+    def place(self, keys: redis_keys.GroupKeys) -> int:
+        """The same for groups that one call of a script may touch."""
+        return 0
+
     async def open(self) -> None:
         """Reach Redis; when it is not there, go on trying in the background."""
         if not await self._reach():
             self._look_for_it()
+        self._tasks.start(self._watch())
 
     async def close(self) -> None:
         """Cut the connections."""
@@ -117,6 +131,9 @@ class RedisClient:
         await self._tasks.wait()
         await self._redis.aclose()
         await self._pool.aclose()
+        if isinstance(self._pool, SentinelConnectionPool):
+            for sentinel in self._pool.sentinel_manager.sentinels:
+                await sentinel.aclose()
 
     async def run(self, commands: Sequence[Command]) -> list[Reply]:
         """The replies to `commands`, sent in one go; for one that Redis refused, its error.
@@ -130,13 +147,39 @@ class RedisClient:
         async with self._free:
             self._check()
             self.round_trips_total += 1
-            pipeline = self._redis.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
             try:
-                return await pipeline.execute(raise_on_error=False)
+                async with asyncio.timeout(ANSWER_S_MAX):
+                    return await self._exchange(commands)
             except (RedisError, OSError) as error:
                 raise self._lost(error) from None
+
+    async def each(self, commands: Sequence[Command]) -> list[Reply]:
+        """As `run`, but with the error for each reply where Redis was not reached."""
+        try:
+            return await self.run(commands)
+        except StorageError as error:
+            return [error] * len(commands)
+
+    async def _exchange(self, commands: Sequence[Command]) -> list[Reply]:
+        # Not by the library's pipeline, whose parts cost more per command than Redis's work.
+        packed = b"".join(
+            [pack_command(tuple(command)) for command in commands]  # type: ignore[arg-type]  # says: one
+        )
+        connection = await self._pool.get_connection()
+        try:
+            await connection.send_packed_command(packed, check_health=False)
+            replies: list[Reply] = []
+            for _ in commands:
+                try:
+                    replies.append(await connection.read_response(timeout=math.inf))
+                except ResponseError as error:
+                    replies.append(error)
+        except BaseException:  # what comes on it would be taken for the answer to something else
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await self._pool.release(connection)
+        return replies
 
     async def call(
         self, script: Script, calls: Sequence[Command], after: Sequence[Command] = ()
@@ -156,7 +199,7 @@ class RedisClient:
             load = ("SCRIPT", "LOAD", script.text)
             loaded, *again = await self.run([load, *(commands[n] for n in unknown)])
             if isinstance(loaded, ResponseError):
-                raise self.refused(str(loaded))
+                raise self.refused(loaded)
             for n, reply in zip(unknown, again, strict=True):
                 replies[n] = reply
         return replies
@@ -169,15 +212,16 @@ class RedisClient:
         """Take note that `error` cut a connection off, and look for Redis."""
         if self._down is None:
             _log.warning("redis_lost", address=self.address, reason=_words(error))
-        self._down = _words(error)
+        self._down = why = _words(error)
+        self._note()
         self._look_for_it()
-        return self._unavailable(self._down)
+        return self._unavailable(why)
 
-    def refused(self, error: str) -> StorageError:
-        """The error for what Redis answered with `error`."""
+    def refused(self, answer: str | ResponseError) -> StorageError:
+        """The error for what Redis answered with an error, or with its text."""
+        error = answer if isinstance(answer, str) else _whole_text(answer)
         code = error.split(" ", 1)[0].removesuffix(":")
-        what = {"OOM": "is out of memory", "READONLY": "is read-only"}.get(code, "refuses")
-        message = f"Redis at {self.address} {what}: {error}"
+        message = f"Redis at {self.address} {_refusal(error)}"
         return StorageError("redis_refused", message, retryable=code in _PASSING)
 
     def _check(self) -> None:
@@ -196,35 +240,77 @@ class RedisClient:
     async def _knock(self) -> None:
         wait_s = RETRY_S_MIN
         while not await self._reach():
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._closed.wait()
+            if await self._is_closed_within(wait_s):
                 break
-            except TimeoutError:
-                wait_s = min(2 * wait_s, RETRY_S_MAX)
+            wait_s = min(2 * wait_s, RETRY_S_MAX)
         self._knocking = False
+
+    async def _is_closed_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _watch(self) -> None:
+        """Notice trouble when nobody asks for anything, and its end when nobody may."""
+        while not await self._is_closed_within(CHECK_S):
+            if self._down is None:
+                try:
+                    await self._probe()
+                except (RedisError, OSError) as error:
+                    self._lost(error)
+
+    async def _probe(self) -> None:
+        """Find out whether Redis can be written to."""
+        async with asyncio.timeout(ANSWER_S_MAX):
+            (reply,) = await self._exchange([("SET", self.probe_key, "", "PX", 1)])
+        before, self._refusing = self._refusing, None
+        # A slot that moves is no trouble: who has it then is asked.
+        if isinstance(reply, ResponseError) and not isinstance(reply, AskError):
+            self._refusing = _refusal(_whole_text(reply))
+        if self._refusing is not None and self._refusing != before:
+            _log.warning("redis_refuses", address=self.address, reason=self._refusing)
+        elif self._refusing is None and before is not None:
+            _log.info("redis_accepts_writes", address=self.address)
+        self._note()
+
+    def _note(self) -> None:
+        """Tell when the trouble is another one."""
+        why = self._down or self._refusing
+        trouble = None if why is None else f"Redis at {self.address} {why}"[:TROUBLE_LENGTH_MAX]
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._on_trouble()
 
     async def _reach(self) -> bool:
         try:
-            await self._redis.ping()
+            await self._probe()
         except (RedisError, OSError) as error:
             if self._down != (why := _words(error)):
                 _log.warning("redis_not_reached", address=self.address, reason=why)
             self._down = why
+            self._note()
             return False
         self._down = None
+        self._note()
         _log.info("redis_reached", address=self.address)
         self._on_return()
         return True
 
 
-def _address(url: str) -> str:
-    """The place that the URL names, without its password."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    host = parts.hostname or "localhost"
-    return f"{f'[{host}]' if ':' in host else host}:{parts.port or 6379}"
+def _whole_text(error: ResponseError) -> str:
+    """What Redis answered; the library takes the codes that it knows out of the text."""
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code else str(error)
+
+
+def _refusal(error: str) -> str:
+    """What it means that Redis answered a write with `error`."""
+    code = error.split(" ", 1)[0].removesuffix(":")
+    what = {"OOM": "is out of memory", "READONLY": "is read-only"}.get(code, "refuses")
+    return f"{what}: {error}"
 
 
 def _words(error: Exception) -> str:
@@ -233,8 +319,8 @@ def _words(error: Exception) -> str:
             return f"refuses the name or the password of redis_url: {error}"
         case BusyLoadingError():
             return f"is not ready: {error}"
-        case RedisTimeoutError():
-            return f"does not answer: {error}"
+        case RedisTimeoutError() | TimeoutError():
+            return f"does not answer: {error or f'nothing came for {ANSWER_S_MAX:g} s'}"
         case ResponseError():
             return f"refuses: {error}"
         case _:

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from broker.names import Group
+from shards.group import names_text
 
 DATA_PREFIX = "stream:"
 DATA_PATTERN = "stream:*"
@@ -22,7 +23,9 @@ EVENTS_CHANNEL = "stream::events"
 STREAMS_KEY = "broker:streams"
 """A set: encoded names of streams that may have groups."""
 
-_SLOTS = 16384
+KEYS_CACHED = 16384
+"""Groups whose keys are kept made, about 1 KiB each with names of usual length."""
+SLOTS = 16384
 _CANONICAL = re.compile(r"(?:[^%:]|%25|%3A)*")
 
 
@@ -34,6 +37,8 @@ class GroupKeys(NamedTuple):
     order: sorted set, item id to its number in order of first insertion.
     history: list of the last envelopes, oldest first, without a gap.
     channel: where changes are told to other brokers.
+    names: JSON members of the envelope that name the group.
+    slot: of all of them in a Redis Cluster.
     """
 
     data: str
@@ -41,6 +46,8 @@ class GroupKeys(NamedTuple):
     order: str
     history: str
     channel: str
+    names: bytes
+    slot: int
 
 
 def encoded(name: str) -> str:
@@ -77,16 +84,22 @@ def groups_key(stream: str) -> str:
     return f"broker:groups:{encoded(stream)}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEYS_CACHED)
 def group_keys(group: Group) -> GroupKeys:
     """All keys of `group`, in one slot."""
     data = data_key(group)
-    tag = _tags()[slot(data)]
+    number = slot(data)
+    tag = _tags()[number]
     names = data.removeprefix(DATA_PREFIX)
     head, order, history, channel = (
         f"broker:{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history", "changes")
     )
-    return GroupKeys(data, head, order, history, channel)
+    return GroupKeys(data, head, order, history, channel, names_text(*group), number)
+
+
+def probe_key(number: int) -> str:
+    """A key in the slot `number`, which is written to see whether it can be."""
+    return f"broker:{{{_tags()[number]}}}:probe"
 
 
 def slot(key: str) -> int:
@@ -96,7 +109,7 @@ def slot(key: str) -> int:
     end = hashed.find(b"}", start + 1)
     if start >= 0 and end > start + 1:
         hashed = hashed[start + 1 : end]
-    return crc_hqx(hashed, 0) % _SLOTS
+    return crc_hqx(hashed, 0) % SLOTS
 
 
 def prepare() -> None:
@@ -109,8 +122,8 @@ def _tags() -> dict[int, str]:
     """A short text of each slot."""
     tags: dict[int, str] = {}
     number = 0
-    while len(tags) < _SLOTS:
+    while len(tags) < SLOTS:
         text = f"{number:x}"
-        tags.setdefault(crc_hqx(text.encode(), 0) % _SLOTS, text)
+        tags.setdefault(crc_hqx(text.encode(), 0) % SLOTS, text)
         number += 1
     return tags

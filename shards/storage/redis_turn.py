@@ -32,8 +32,10 @@ from shards.storage.base import Settled
 
 CALL_BYTES_MAX = 8 * 1024 * 1024
 """Bytes that are given to one call of the script, or those of one operation if it has more."""
+CALL_OPERATIONS_MAX = 256
+"""Of one call, but of one group: nobody else is served meanwhile, for some milliseconds."""
 WHOLE_READS_MAX = 4
-"""Different states of a whole group in the reply to one call."""
+"""Different states of whole groups in the reply to one call."""
 EMPTY_GROUP_MS_MIN = 24 * 3600 * 1000
 """For which the numbering of a group without items is kept, at least."""
 
@@ -102,16 +104,55 @@ class Settings(NamedTuple):
 
     history: HistoryLimits
     response_bytes_max: int
+    publish: str = "PUBLISH"
+    """The command that tells other brokers of changes."""
+    serves_others: bool = True
+    """Whether changes are told on the original's channel too, when somebody listens there."""
 
-    def numbers(self, now_ms: int, operations: int) -> str:
-        """What the script needs to know besides the group and the operations."""
+    def asked(self, now_ms: int, epoch: str) -> list[Argument]:
+        """What the script needs to know besides groups and operations.
+
+        Args:
+            epoch: for groups that have none.
+        """
         limits = self.history
         age_ms_max = int(limits.age_ms_max)
         idle_ms_max = max(EMPTY_GROUP_MS_MIN, age_ms_max)
-        return (
-            f"{now_ms} {limits.events_max} {age_ms_max} {limits.group_bytes_max}"
-            f" {self.response_bytes_max} {idle_ms_max} {operations}"
+        return [
+            *(now_ms, limits.events_max, age_ms_max, limits.group_bytes_max),
+            *(self.response_bytes_max, idle_ms_max, epoch, self.publish, int(self.serves_others)),
+        ]
+
+
+class Call:
+    """Groups that share one call of the script, as they share a place in Redis."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self._keys: list[str] = []
+        self._asked: list[Argument] = []
+        self._operations = self._bytes = self._whole_reads = 0
+
+    def takes(self, asked: Asked) -> bool:
+        """Whether another group fits, so that nobody else waits long for the script."""
+        return not self.turns or (
+            self._operations + asked.operations <= CALL_OPERATIONS_MAX
+            and self._bytes + asked.bytes <= CALL_BYTES_MAX
+            and self._whole_reads + asked.whole_reads <= WHOLE_READS_MAX
         )
+
+    def add(self, turn: Turn, asked: Asked) -> None:
+        keys = turn.keys
+        self.turns.append(turn)
+        self._keys += (keys.data, keys.head, keys.order, keys.history)
+        self._asked += asked.arguments
+        self._operations += asked.operations
+        self._bytes += asked.bytes
+        self._whole_reads += asked.whole_reads
+
+    def arguments(self, head: list[Argument]) -> list[Argument]:
+        """Of the call: the number of keys, these, and what is asked."""
+        return [len(self._keys), *self._keys, *head, *self._asked]
 
 
 class _Step(NamedTuple):
@@ -122,19 +163,29 @@ class _Step(NamedTuple):
     decided: _Decided
 
 
-class _Answer:
+class Asked(NamedTuple):
+    """What one group asks of the script; `bytes` about, of the arguments."""
+
+    arguments: list[Argument]
+    operations: int
+    bytes: int
+    whole_reads: int
+
+
+class Answer:
     """What the script answers, taken one after the other."""
 
-    def __init__(self, numbers: list[str], values: list[Any]) -> None:
-        self.number = map(int, numbers).__next__
-        self.value = iter(values).__next__
+    def __init__(self, reply: list[Any]) -> None:
+        values = iter(reply)
+        self.number = map(int, next(values).split()).__next__
+        self.value = values.__next__
 
 
 class Turn:
     """The operations of one `execute` on one group: in order, and how far they are.
 
     Attributes:
-        waiting: with their places in the `execute`; the caller fills it.
+        waiting: with their places in the `execute`.
         settled: what came of those that are done, by place.
         current: the texts of items that updates start from; the caller reads them before.
         steps: what the call that was made last asks.
@@ -146,7 +197,7 @@ class Turn:
     def __init__(self, group: Group, settings: Settings) -> None:
         self.key = group
         self.keys = redis_keys.group_keys(group)
-        self.group = GroupState(group.stream, group.group_id, Head(""))
+        self.group = GroupState(group.stream, group.group_id, Head(""), self.keys.names)
         self.waiting: deque[tuple[int, Operation]] = deque()
         self.settled: dict[int, Settled] = {}
         self.current: dict[str, bytes | None] = {}
@@ -157,26 +208,34 @@ class Turn:
         self._settings = settings
         self._now_ms = 0
         self._checks = 0
+        self._has_updates = False
         self._whole: tuple[dict[str, bytes], int] | StorageError = {}, 0
+
+    def add(self, index: int, operation: Operation) -> None:
+        """Let `operation` wait for its turn."""
+        self.waiting.append((index, operation))
+        if isinstance(operation, messages.Update):
+            self._has_updates = True
 
     def updated(self) -> list[str]:
         """The items whose text has to be read before."""
+        if not self._has_updates:
+            return []
         found = {o.item_id: None for _, o in self.waiting if isinstance(o, messages.Update)}
         return list(found)
 
-    def call(self, now_ms: int, epoch: str) -> list[Argument]:
-        """Make steps of what waits, as much as fits; the number of keys, keys and arguments."""
+    def ask(self, now_ms: int) -> Asked:
+        """Make steps of what waits, as much as fits."""
         self.steps, self.puts, self._now_ms = [], False, now_ms
-        asked: list[bytes] = []
+        asked: list[Argument] = []
         touched: set[str] = set()
-        checks: list[tuple[bytes, bytes]] = []
+        checks: list[tuple[str, bytes]] = []
         size = whole_reads = 0
         was_read = False
         while self.waiting and size < CALL_BYTES_MAX and whole_reads < WHOLE_READS_MAX:
             index, operation = self.waiting.popleft()
             if isinstance(operation, messages.Update) and operation.item_id not in touched:
-                expected = self.current.get(operation.item_id) or b""
-                checks.append((operation.item_id.encode(), expected))
+                checks.append((operation.item_id, self.current.get(operation.item_id) or b""))
             if isinstance(operation, messages.Set | messages.Update | messages.Delete):
                 touched.add(operation.item_id)
             decided, given = self._step(operation)
@@ -185,9 +244,8 @@ class Turn:
                 self._settle(index, decided)
                 continue
             self.steps.append(_Step(index, operation, decided))
-            texts = [one if isinstance(one, bytes) else one.encode() for one in given]
-            asked += texts
-            size += sum(map(len, texts))
+            asked += given
+            size += sum(map(len, given))
             reads = given[0] == "list" or given[:2] == ("join", "group")
             whole_reads += reads and not was_read
             was_read = reads
@@ -195,31 +253,25 @@ class Turn:
         # nothing. That of a single update is checked with it.
         self._checks = len(checks) if len(self.steps) > 1 else 0
         for item_id, expected in checks[: self._checks]:
-            asked[:0] = (b"check", item_id, expected)
-        numbers = self._settings.numbers(now_ms, self._checks + len(self.steps))
-        sizes = " ".join([str(len(text)) for text in asked])
-        keys = self.keys
-        return [
-            *(4, keys.data, keys.head, keys.order, keys.history),
-            *(numbers, epoch, self.group.names, keys.channel, sizes, b"".join(asked)),
-        ]
+            asked[:0] = ("check", item_id, expected)
+        keys, operations = self.keys, self._checks + len(self.steps)
+        arguments = [keys.names, keys.channel, operations, len(asked), *asked]
+        return Asked(arguments, len(self.steps), size, whole_reads)
 
-    def take(self, reply: list[Any], refused: Callable[[str], StorageError]) -> bool:
+    def take(self, answer: Answer, refused: Callable[[str], StorageError]) -> bool:
         """Settle what the script performed; returns whether the group began.
 
         Args:
             refused: the error for what Redis answered with a text.
         """
-        if reply[0] is None:
-            key, why = reply[1].decode(errors="replace"), reply[2].decode(errors="replace")
+        if answer.number():
+            key, why = (answer.value().decode(errors="replace") for _ in range(2))
             if why in _KEY_TYPES:
                 self.fail(StorageError("wrong_type", f"WRONGTYPE: key {key!r} is a {why}"))
             else:
                 self.fail(refused(why))
             return False
-        epoch, began, *numbers = reply[0].decode().split()
-        self.group.head.epoch = epoch
-        answer = _Answer(numbers, reply[1:])
+        self.group.head.epoch, began = answer.value().decode(), answer.number()
         for _ in range(self._checks):
             if answer.number() == _CHANGED_MEANWHILE:
                 self._put_back(0)
@@ -235,9 +287,8 @@ class Turn:
                 self._settle(step.place, self._outcome(step, code, answer))
         self.group.items, self.group.history = {}, None
         self._whole = {}, 0
-        return bool(began == "1")
+        return bool(began)
 
-    @property
     def own(self) -> set[int]:
         """The numbers of the changes that were settled."""
         outcomes = (outcome for outcome, _ in self.settled.values())
@@ -328,7 +379,7 @@ class Turn:
 
     # What is answered -------------------------------------------------------------------------
 
-    def _outcome(self, step: _Step, code: int, answer: _Answer) -> Outcome | StorageError:
+    def _outcome(self, step: _Step, code: int, answer: Answer) -> Outcome | StorageError:
         operation, decided = step.operation, step.decided
         match operation:
             case messages.Get():
@@ -353,14 +404,22 @@ class Turn:
             change = replace(decided.change, seq=self.seq, timestamp_ms=timestamp_ms)
             return Done(decided.result, change)
         items = {}
-        if old is not None:  # also what is no JSON can be replaced and deleted
+        is_readable = True
+        if old is not None:
             assert operation.item_id is not None, "only custom events may be of no item"
-            items[operation.item_id] = old if is_json(old) else b"null"
+            is_readable = is_json(old)
+            items[operation.item_id] = old if is_readable else b"null"
         self._set_head(self.seq - 1, timestamp_ms)
-        return self._attempt(operation, items, timestamp_ms)
+        outcome = self._attempt(operation, items, timestamp_ms)
+        if not is_readable and isinstance(outcome, Done):
+            # As in the original: it has been done, which mends the item, and the caller is told.
+            what = "the value that was replaced or deleted"
+            failure = f"{what}, of {self._name(operation.item_id)}, was text that is no JSON"
+            return replace(outcome, failure=failure)
+        return outcome
 
     def _join_outcome(
-        self, join: messages.Join, code: int, answer: _Answer
+        self, join: messages.Join, code: int, answer: Answer
     ) -> Outcome | StorageError:
         if code == _TOO_LARGE:
             self._read_whole(code, answer)
@@ -383,7 +442,7 @@ class Turn:
         items = {} if found is None else {join.item_id or "": found}
         return self._attempt(join, items, timestamp_ms)
 
-    def _history_outcome(self, call: messages.ReadHistory, answer: _Answer) -> Outcome:
+    def _history_outcome(self, call: messages.ReadHistory, answer: Answer) -> Outcome:
         self.seq = self.group.head.seq = answer.number()
         kept = []
         for envelope in reversed(answer.value()):
@@ -395,8 +454,11 @@ class Turn:
         return self._attempt(call, {}, self._now_ms)
 
     def _no_json(self, item_id: str) -> StorageError:
-        message = f"item_id {item_id[:100]!r} of key {self.keys.data!r} holds text that is no JSON"
-        return StorageError("not_readable", f"{message}; set or delete it")
+        message = f"{self._name(item_id)} holds text that is no JSON; set or delete it"
+        return StorageError("not_readable", message)
+
+    def _name(self, item_id: str | None) -> str:
+        return f"item_id {(item_id or '')[:100]!r} of key {self.keys.data!r}"
 
     def _set_head(self, seq: int, next_timestamp_ms: int) -> None:
         self.group.head.seq, self.group.head.timestamp_ms = seq, next_timestamp_ms - 1
@@ -411,7 +473,7 @@ class Turn:
         items, self.group.bytes = self._whole
         return self._attempt(operation, items, now_ms)
 
-    def _read_whole(self, code: int, answer: _Answer) -> None:
+    def _read_whole(self, code: int, answer: Answer) -> None:
         if code == _TOO_LARGE:
             self._whole = {}, answer.number()
         else:

@@ -268,7 +268,7 @@ def test_a_key_of_another_type(common_server: RedisServer, common_broker: Broker
 def test_a_field_that_is_no_json(
     common_server: RedisServer, common_broker: Broker, run: Run
 ) -> None:
-    """What needs its value fails and names it; it can be set and deleted."""
+    """Whatever meets its value fails and names it; set and delete are done, and mend it."""
 
     async def main() -> None:
         texts = {"a": "oops", "b": "", "c": "1,2", "d": b'"\xff"', "good": "1"}
@@ -290,11 +290,15 @@ def test_a_field_that_is_no_json(
                 assert frame["event"]["type"] == "error"
                 assert f"'{name}'" in frame["event"]["message"]
                 assert await result_of(worker, "stream::get", names | {"item_id": "good"}) == 1
-                assert await result_of(worker, "stream::delete", names) == {"old_value": None}
+                answer = await worker.call("stream::delete", names)
+                assert f"'{name}'" in refusal(answer, "STREAM_DELETE_ERROR")
                 assert await result_of(worker, "stream::list", names) == [1]
+                frame = await client.join("bad", "g", f"item {name}", id=name)
+                assert frame["event"] == {"type": "sync", "data": None}
                 common_server.client.hset("stream:bad:g", name, texts[name])
-                written = await result_of(worker, "stream::set", names | {"data": 2})
-                assert written == {"old_value": None, "new_value": 2}
+                answer = await worker.call("stream::set", names | {"data": 2})
+                assert f"'{name}'" in refusal(answer)
+                assert (await client.next())["event"] == {"type": "update", "data": 2}
                 assert await result_of(worker, "stream::get", names) == 2
 
     run(main())

@@ -35,7 +35,8 @@ RESPONSE_BYTES_MAX = 100_000
 
 @asynccontextmanager
 async def storage_on(server: RedisServer, **more: Any) -> AsyncIterator[RedisStorage]:
-    storage = RedisStorage(server.url, wall_clock_ms, RESPONSE_BYTES_MAX, LIMITS, **more)
+    url = more.pop("url", server.url)
+    storage = RedisStorage(url, wall_clock_ms, RESPONSE_BYTES_MAX, LIMITS, **more)
     await storage.open()
     try:
         yield storage
@@ -91,7 +92,7 @@ async def test_a_cluster_keeps_each_group_in_one_slot() -> None:
         server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         while "cluster_state:ok" not in str(server.client.execute_command("CLUSTER", "INFO")):
             pass
-        async with storage_on(server) as storage:
+        async with storage_on(server, url=server.url.replace("redis", "redis+cluster")) as storage:
             for stream in ("a{b}c", "{x}", "}{", "", "{", "s"):
                 for group in ("g", "{y}", "}", ""):
                     found = await perform(

@@ -29,7 +29,8 @@ TINY = 1024
 """Of a cache, the least that can be configured: no group is kept whole."""
 
 FILES = ["sqlite", "sqlite tiny cache", "sqlite short journal"]
-DURABLE = [*FILES, "redis"]
+REDIS = ["redis", "redis cluster"]
+DURABLE = [*FILES, *REDIS]
 KINDS = ["memory", *DURABLE]
 
 
@@ -58,7 +59,7 @@ class Storages:
         storage: Storage
         if self.kind == "memory":
             storage = MemoryStorage(self.clock, response_bytes_max, self.history)
-        elif self.kind == "redis":
+        elif self.kind in REDIS:
             storage = RedisStorage(self.redis_url, self.clock, response_bytes_max, self.history)
         else:
             cache_bytes = TINY if "tiny" in self.kind else CACHE_BYTES
@@ -88,9 +89,10 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 
 def storages_of(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
     """Storages of the kind that the fixture is asked for."""
-    url = request.getfixturevalue("redis_server").url if request.param == "redis" else ""
     if "short journal" in request.param:
         request.getfixturevalue("monkeypatch").setattr(pending, "CHANGES_MAX", 3)
+    server = {"redis": "redis_server", "redis cluster": "redis_cluster"}.get(request.param)
+    url = request.getfixturevalue(server).url if server else ""
     return Storages(request.param, tmp_path / "shard-0", url)
 
 

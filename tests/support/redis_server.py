@@ -40,6 +40,14 @@ class RedisServer:
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--unixsocket", str(self.socket), "--dir", str(self.directory)]
         command += ["--save", "", "--appendonly", "no", *self.options, *options]
+        self._run(command)
+
+    def start_sentinel(self, config: Path) -> None:
+        """Start as a Sentinel, which keeps its state in `config`."""
+        command = ["redis-server", str(config), "--sentinel", "--port", str(self.port)]
+        self._run([*command, "--bind", "127.0.0.1", "--dir", str(self.directory)])
+
+    def _run(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         end = time.monotonic() + PATIENCE_S
         while True:
