@@ -12,44 +12,60 @@ from pathlib import Path
 
 from broker import locks, logs, service
 from broker.config import Config
+from broker.errors import ConfigError
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import SECONDS, Histogram, Metrics, by_label
+from broker.names import Group
 from broker.service import Ready, Service
+from gateway import peer_protocol
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
 from gateway.connection import PAUSED_BY_STOP
-from gateway.custom_streams import CustomStreams
+from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.functions import Functions
 from gateway.hub import Hub
 from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
-from gateway.shard_links import ShardLinks
+from gateway.peer_links import PeerLinks, broker_id
+from gateway.peer_protocol import Hello
+from gateway.peers import Peers
+from gateway.remote_workers import Registry, owner_of
+from gateway.shard_links import Answered, ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
 from gateway.tls import context_of, renew
 from gateway.triggers import Triggers
-from gateway.worker_port import WorkerPort
+from gateway.worker_port import Worker, WorkerPort
 
-_STREAM_PORT_KEY = "modules[].config.port"
-_WORKER_PORT_KEY = "broker.worker.port"
 _READY_POLL_S = 0.01
 _READY_WAIT_S = 10.0
+_PEERS_WAIT_S = 3.0
 
 _log = logs.Log("gateway")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m gateway`; returns the exit code."""
-    parsed = service.options("gateway").parse_args(arguments)
-    return service.run("gateway", parsed, 0, serve)
+    parser = service.options("gateway")
+    parser.add_argument("--index", type=int, default=0, help="number of the gateway, from 0")
+    parsed = parser.parse_args(arguments)
+    return service.run("gateway", parsed, parsed.index, serve)
 
 
 class Gateway:
     """The parts, wired."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Config, index: int) -> None:
         limits, gateway_id = settings.limits, str(uuid.uuid4())
+        run_dir = Path(settings.run_dir)
+        self.peers = Peers(Hello(peer_protocol.VERSION, gateway_id, broker_id(run_dir), index))
+        self.peer_links = PeerLinks(
+            [service.gateway_socket(settings, number) for number in range(settings.gateways)],
+            index,
+            limits.link_queue_bytes_max,
+            self.peers,
+        )
         self.links = ShardLinks(
             [service.shard_socket(settings, shard) for shard in range(settings.shards)],
             gateway_id,
@@ -61,12 +77,15 @@ class Gateway:
             self.functions, limits.worker_calls_in_flight_max, limits.handler_timeout_s
         )
         self.triggers = Triggers(self.invocations, self._tell_shards, limits.trigger_timeout_s)
-        self.custom = CustomStreams(self.functions, self.invocations, self.links)
+        self.custom = CustomStreams(self.functions, self.invocations, self.links, owner_of)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
         self.fanout = Histogram(SECONDS)
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
-        self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
+        self.leaves = Leaves(
+            self.triggers, self.links, self.peers, settings.stream_access.leave_delay_s
+        )
+        self.triggers.on_leave_trigger = self._leaves_wanted
         self.stream_port = StreamPort(
             limits,
             settings.stream_access,
@@ -78,7 +97,9 @@ class Gateway:
             custom=self.custom,
             not_ready=self.not_ready,
         )
-        self.broker_functions = BrokerFunctions(self.stream_port, gateway_id)
+        self.broker_functions = BrokerFunctions(
+            self.stream_port, gateway_id, self.peers, settings.gateways
+        )
         self.worker_port = WorkerPort(
             limits,
             allowed_origins=settings.worker.allowed_origins,
@@ -88,7 +109,16 @@ class Gateway:
             triggers=self.triggers,
             stream_calls=self.stream_calls,
             broker_functions=self.broker_functions,
+            peers=self.peers,
         )
+        registry = Registry(
+            self.functions,
+            self.invocations,
+            self.triggers,
+            self.worker_port.infos,
+            self.worker_port.availability,
+        )
+        self.peers.serve(registry, self)
 
     def not_ready(self) -> str | None:
         """Why not every shard answers, or None."""
@@ -118,9 +148,34 @@ class Gateway:
             self.hub.flush()
             self.fanout.observe(time.perf_counter() - began_at)
 
+    # What peers ask for.
+
+    def local_worker(self, worker_id: str) -> Worker | None:
+        return self.worker_port.workers.get(worker_id)
+
+    def reattach(self, worker_id: str, token: str) -> None:
+        self.worker_port.reattach(worker_id, token)
+
+    def client_returned(self, head: bytes) -> None:
+        self.leaves.returned(head)
+
+    def operate(self, group: Group, call: StreamCall, answered: Answered) -> None:
+        self.custom.call_here(group, call, answered)
+
+    def read(
+        self, group: Group, item_id: str | None, answered: Answered, released: asyncio.Event
+    ) -> None:
+        self.custom.read_here(group, item_id, answered, released)
+
+    def ask(self, function_id: str, data: bytes, answered: Answered) -> None:
+        self.broker_functions.call_here(function_id, data, answered)
+
+    def _leaves_wanted(self) -> None:
+        self.leaves.lease_all(self.hub.all_subscriptions())
+
     def _tell_shards(self, message: Message) -> None:
         if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
-            self.leaves.lease_all(self.hub.all_subscriptions())
+            self._leaves_wanted()
         for link in self.links.links:
             link.tell(message)
 
@@ -131,24 +186,30 @@ async def serve(process: Service) -> None:
     Raises:
         ConfigError: a port can't be had.
     """
-    settings = process.config
+    settings, index = process.config, process.index
+    if index >= settings.gateways:
+        raise ConfigError("broker.gateways", f"is {settings.gateways}: there is no gateway {index}")
     lock = locks.take(
-        Path(settings.run_dir) / "gateway.lock",
+        Path(settings.run_dir) / (f"gateway-{index}.lock" if index else "gateway.lock"),
         "broker.run_dir",
         f"the run_dir {settings.run_dir}",
     )
     stream, worker, metrics_ports = settings.stream, settings.worker, settings.metrics
     stream_tls = context_of(settings.stream_access.tls, "broker.stream.tls")
     worker_tls = context_of(worker.tls, "broker.worker.tls")
-    stream_socket = service.listening_socket(stream.host, stream.port, _STREAM_PORT_KEY)
-    worker_socket = service.listening_socket(worker.host, worker.port, _WORKER_PORT_KEY)
+    stream_socket, worker_socket = _port_sockets(settings)
     metrics_socket = service.listening_socket(
-        metrics_ports.host, metrics_ports.port, "broker.metrics.port"
+        metrics_ports.host, service.gateway_metrics_port(settings, index), "broker.metrics.port"
     )
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, index)
+    peer_links = gateway.peer_links
+    if settings.gateways > 1:
+        path = service.gateway_socket(settings, index)
+        await peer_links.start(service.unix_socket(path, "broker.run_dir"))
     metrics = MetricsServer(_metrics(gateway).registry)
     metrics_port = await metrics.start(metrics_socket)
     links = asyncio.create_task(gateway.links.run())
+    peers = asyncio.create_task(peer_links.run())
     await _wait_ready(process, gateway)
     ports = (gateway.stream_port, gateway.worker_port)
     await gateway.worker_port.start(worker_socket, worker_tls)
@@ -178,6 +239,7 @@ async def serve(process: Service) -> None:
         )
         _log.info("gateway_started")
     await process.stopping.wait()
+    gateway.peers.stopping(clients_gone=False)
     for port in ports:
         port.stop_listening()
     metrics.close()
@@ -185,17 +247,10 @@ async def serve(process: Service) -> None:
         async with asyncio.timeout(settings.limits.stop_timeout_s / 2):
             while any(link.in_flight for link in gateway.links.links):
                 await asyncio.sleep(_READY_POLL_S)
-    for port in ports:
-        try:
-            async with asyncio.timeout(settings.limits.stop_timeout_s / 4):
-                if port is gateway.worker_port:
-                    await _tell_leaves(gateway)
-                await port.stop("the broker is stopping")
-        except TimeoutError:
-            for connection in list(port.connections):
-                connection.abort()
-    for task in (links, *watchers):
+    await _stop_ports(gateway, settings.limits.stop_timeout_s / 4)
+    for task in (links, peers, *watchers):
         task.cancel()
+    peer_links.close()
     gateway.links.close()
     os.close(lock)
     _log.info("gateway_stopped")
@@ -208,11 +263,49 @@ async def _wait_ready(process: Service, gateway: Gateway) -> None:
         async with asyncio.timeout(_READY_WAIT_S):
             while not gateway.links.ready and not process.stopping.is_set():
                 await asyncio.sleep(_READY_POLL_S)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PEERS_WAIT_S):
+            while not gateway.peer_links.complete and not process.stopping.is_set():
+                await asyncio.sleep(_READY_POLL_S)
+
+
+def _port_sockets(settings: Config) -> tuple[socket.socket, socket.socket]:
+    """Sockets that listen on the stream port and on the worker port.
+
+    Raises:
+        ConfigError: an address can't be had.
+    """
+    shared = settings.gateways > 1
+    found: list[socket.socket] = []
+    for port, key in (
+        (settings.stream, service.STREAM_PORT_KEY),
+        (settings.worker, service.WORKER_PORT_KEY),
+    ):
+        if shared and not port.port:
+            raise ConfigError(key, "holds 0, may hold a port that all gateways share")
+        found.append(service.listening_socket(port.host, port.port, key, shared=shared))
+    return found[0], found[1]
+
+
+async def _stop_ports(gateway: Gateway, timeout_s: float) -> None:
+    """Close all connections: clients', then, when workers were told who has left, theirs."""
+    for port in (gateway.stream_port, gateway.worker_port):
+        try:
+            async with asyncio.timeout(timeout_s):
+                if port is gateway.worker_port:
+                    await _tell_leaves(gateway)
+                await port.stop("the broker is stopping")
+        except TimeoutError:
+            for connection in list(port.connections):
+                connection.abort()
 
 
 async def _tell_leaves(gateway: Gateway) -> None:
     """All clients are gone: tell the workers, also those whose conditions have to be asked."""
     gateway.leaves.stop()
+    gateway.peers.stopping(clients_gone=True)
+    while not gateway.peers.clients_told:  # theirs may have to be told to our workers
+        await asyncio.sleep(_READY_POLL_S)
     for connection in gateway.worker_port.connections:
         connection.resume_reading(PAUSED_BY_STOP)
     while gateway.triggers.conditions_waiting:

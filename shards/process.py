@@ -75,7 +75,7 @@ async def serve(process: Service) -> None:
         sock=listener,
     )
     metrics = MetricsServer(_metrics(index, requests, storage).registry)
-    host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
+    host, port = settings.metrics.host, service.shard_metrics_port(settings, index)
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
     _log.info("shard_started", socket=socket_path, metrics_port=port)

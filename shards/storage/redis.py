@@ -21,6 +21,7 @@ from redis.exceptions import ResponseError
 from broker.clock import Clock
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_client import Command, RedisClient, Reply, Script
 from broker.routing import shard_of
 from broker.tasks import Tasks
 from shards.group import Change, Operation, new_epoch
@@ -28,7 +29,6 @@ from shards.history import HistoryLimits
 from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
-from shards.storage.redis_client import Command, RedisClient, Reply, Script
 from shards.storage.redis_turn import Settings, Turn
 
 CONFLICTS_MAX = 200

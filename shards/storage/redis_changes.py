@@ -19,10 +19,10 @@ from redis.exceptions import RedisError, ResponseError
 from broker import logs
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_client import RedisClient
 from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
-from shards.storage.redis_client import RedisClient
 from shards.storage.redis_turn import change_of
 
 RemoteChange = Callable[[str, str, Change], None]
