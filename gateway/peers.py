@@ -36,6 +36,8 @@ from gateway.worker_protocol import (
     error_text,
 )
 
+TRANSPORTS = ("socket", "redis")
+"""What links to peers are made of: labels of metrics."""
 GUARDS_S = 60.0
 """Seconds that joins are refused which a worker of a gateway that does not answer had to allow."""
 

@@ -29,7 +29,7 @@ from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
 from gateway.peer_links import PeerLinks, broker_id
 from gateway.peer_protocol import Hello
-from gateway.peers import Peers
+from gateway.peers import TRANSPORTS, Peers
 from gateway.remote_workers import Registry, owner_of
 from gateway.shard_links import Answered, ShardLinks
 from gateway.stream_calls import StreamCalls
@@ -480,6 +480,7 @@ def _metrics(gateway: Gateway) -> Metrics:
         "Frames dropped with those backlogs.",
         lambda: stream.frames_dropped_total,
     )
+    _add_peers(metrics, gateway)
     metrics.gauges(
         "shard_up",
         "1 while the shard is linked.",
@@ -506,6 +507,43 @@ def _metrics(gateway: Gateway) -> Metrics:
         lambda: [({"shard": str(link.shard)}, link.refused_total) for link in links],
     )
     return metrics
+
+
+def _add_peers(metrics: Metrics, gateway: Gateway) -> None:
+    peers = gateway.peers
+    metrics.gauges(
+        "peers",
+        "Other gateways that are linked, by transport.",
+        lambda: [({"transport": name}, peers.count(name)) for name in TRANSPORTS],
+    )
+    metrics.counter(
+        "peer_links_made", "Times another gateway was linked.", lambda: peers.links_made_total
+    )
+    metrics.gauges(
+        "peer_queue_bytes",
+        "Bytes that other gateways have not taken yet, by transport.",
+        lambda: [({"transport": name}, peers.queue_bytes(name)) for name in TRANSPORTS],
+    )
+    metrics.counter(
+        "peer_calls_sent",
+        "Calls sent to workers of other gateways.",
+        lambda: peers.calls_sent_total,
+    )
+    metrics.counter(
+        "peer_calls_refused",
+        "Calls not sent to workers of other gateways, as too much waits for their gateway.",
+        lambda: peers.calls_refused_total,
+    )
+    metrics.counter(
+        "peer_calls_received",
+        "Calls of other gateways to workers here.",
+        lambda: peers.calls_received_total,
+    )
+    metrics.gauge(
+        "peer_calls_pending",
+        "Calls of other gateways that workers here have not answered.",
+        lambda: peers.calls_pending,
+    )
 
 
 def _auth(gateway: Gateway) -> dict[str, float]:
