@@ -41,6 +41,8 @@ _BROKER = """\
 broker:
   # Shard processes; one per core, at least 2, unless said here. Fixed once data is written.
   #shards: 2
+  # Processes that share both ports, when one is not enough for the clients.
+  #gateways: 1
   # Folder of Unix sockets and locks; its path may be about 90 bytes long.
   run_dir: ./data/run
 """

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from broker import logs
+from broker import logs, service
 from broker.errors import ConfigError
 from broker.link import Link
 from gateway import peer_protocol as wire
@@ -72,10 +71,16 @@ class PeerLinks:
         """Whether all are linked."""
         return len(self._peers.siblings()) == len(self._sockets) - 1
 
-    async def start(self, listener: socket.socket) -> None:
-        """Take connections of the gateways with higher numbers."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(self._new, sock=listener)
+    async def start(self) -> None:
+        """Take connections of the gateways with higher numbers, if there may be some.
+
+        Raises:
+            ConfigError: the socket can't be had.
+        """
+        if len(self._sockets) > 1:
+            listener = service.unix_socket(self._sockets[self._index], "broker.run_dir")
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_unix_server(self._new, sock=listener)
 
     async def run(self) -> None:
         """Keep the links made, and watch them, until cancelled."""

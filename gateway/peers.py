@@ -138,6 +138,8 @@ class Peers:
         self._peers: dict[PeerLink, Peer] = {}
         self._mirrors: dict[Peer, Mirror] = {}
         self._forwarded: dict[Executor, dict[str, Peer]] = {}
+        self.is_blind: Callable[[], bool] = lambda: False
+        """Whether nothing can be known of gateways of other brokers just now."""
         self._guards: dict[tuple[str, int], list[RemoteWorker]] = {}
         self._calls_sent = 0
         self._calls_refused = 0
@@ -296,7 +298,7 @@ class Peers:
             kept = self._guards.setdefault(peer.place, [])
             kept += guards
             loop = asyncio.get_running_loop()
-            loop.call_later(GUARDS_S, self._drop_guards, peer.place, guards)
+            loop.call_later(GUARDS_S, self._guards_due, peer.place, guards)
         peer.lost(reason)
 
     def received(self, link: PeerLink, received: Iterable[wire.AnyPeerMessage]) -> None:
@@ -412,6 +414,13 @@ class Peers:
         return peer
 
     # Guards.
+
+    def _guards_due(self, place: tuple[str, int], guards: Sequence[RemoteWorker]) -> None:
+        if place[0] != self.me.broker_id and self.is_blind():
+            loop = asyncio.get_running_loop()
+            loop.call_later(GUARDS_S, self._guards_due, place, guards)
+        else:
+            self._drop_guards(place, guards)
 
     def _drop_guards(self, place: tuple[str, int], guards: Sequence[RemoteWorker]) -> None:
         """What these workers had to allow is allowed, or asked of others, from now on."""

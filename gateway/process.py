@@ -9,9 +9,10 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from broker import locks, logs, service
-from broker.config import Config
+from broker.config import Config, RedisAdapter
 from broker.errors import ConfigError
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
@@ -37,6 +38,9 @@ from gateway.stream_port import StreamPort
 from gateway.tls import context_of, renew
 from gateway.triggers import Triggers
 from gateway.worker_port import Worker, WorkerPort
+
+if TYPE_CHECKING:
+    from gateway.redis_peers import RedisPeers
 
 _READY_POLL_S = 0.01
 _READY_WAIT_S = 10.0
@@ -203,14 +207,13 @@ async def serve(process: Service) -> None:
     )
     gateway = Gateway(settings, index)
     peer_links = gateway.peer_links
-    if settings.gateways > 1:
-        path = service.gateway_socket(settings, index)
-        await peer_links.start(service.unix_socket(path, "broker.run_dir"))
+    await peer_links.start()
     metrics = MetricsServer(_metrics(gateway).registry)
     metrics_port = await metrics.start(metrics_socket)
-    links = asyncio.create_task(gateway.links.run())
-    peers = asyncio.create_task(peer_links.run())
-    await _wait_ready(process, gateway)
+    redis_peers = _redis_peers(settings, gateway)
+    runs = [gateway.links.run(), peer_links.run(), *([redis_peers.run()] if redis_peers else [])]
+    background = [asyncio.create_task(run) for run in runs]
+    await _wait_ready(process, gateway, redis_peers)
     ports = (gateway.stream_port, gateway.worker_port)
     await gateway.worker_port.start(worker_socket, worker_tls)
     await gateway.stream_port.start(stream_socket, stream_tls)
@@ -248,15 +251,30 @@ async def serve(process: Service) -> None:
             while any(link.in_flight for link in gateway.links.links):
                 await asyncio.sleep(_READY_POLL_S)
     await _stop_ports(gateway, settings.limits.stop_timeout_s / 4)
-    for task in (links, peers, *watchers):
+    for task in (*background, *watchers):
         task.cancel()
     peer_links.close()
+    if redis_peers is not None:
+        await redis_peers.close()
     gateway.links.close()
     os.close(lock)
     _log.info("gateway_stopped")
 
 
-async def _wait_ready(process: Service, gateway: Gateway) -> None:
+def _redis_peers(settings: Config, gateway: Gateway) -> RedisPeers | None:
+    """Links to the gateways of other brokers, where there may be some."""
+    adapter = settings.adapter
+    if not isinstance(adapter, RedisAdapter):
+        return None
+    # Who has no Redis does without the memory that the library takes.
+    from gateway.redis_peers import RedisPeers  # noqa: PLC0415
+
+    redis_peers = RedisPeers(adapter.redis_url, gateway.peers, settings.limits.link_queue_bytes_max)
+    gateway.peers.is_blind = lambda: redis_peers.is_blind
+    return redis_peers
+
+
+async def _wait_ready(process: Service, gateway: Gateway, redis_peers: RedisPeers | None) -> None:
     """Wait until every shard answers, or the process is told to stop; not for ever: what the other
     shards own is served without one that is away, and `/readyz` tells."""
     with suppress(TimeoutError):
@@ -265,7 +283,10 @@ async def _wait_ready(process: Service, gateway: Gateway) -> None:
                 await asyncio.sleep(_READY_POLL_S)
     with suppress(TimeoutError):
         async with asyncio.timeout(_PEERS_WAIT_S):
-            while not gateway.peer_links.complete and not process.stopping.is_set():
+            while not (
+                process.stopping.is_set()
+                or (gateway.peer_links.complete and (redis_peers is None or redis_peers.settled))
+            ):
                 await asyncio.sleep(_READY_POLL_S)
 
 

@@ -75,6 +75,10 @@ class Pair:
         """SIGKILL the gateway there; its supervisor starts it again."""
         os.kill(self.gateway_pid(place), signal.SIGKILL)
 
+    def cut(self, place: int) -> None:
+        """Take the gateway there away, for at least as long as it takes to notice."""
+        raise NotImplementedError
+
     async def back(self, place: int) -> None:
         """Return when the gateway there has workers' connections taken, and knows the other."""
         await until(lambda: self.metric(place, "broker_peers") == 1)
@@ -101,6 +105,9 @@ class TwoGateways(Pair):
 
     def gateway_pid(self, place: int) -> int:
         return self.broker.children()[f"gateway-{place}"]
+
+    def cut(self, place: int) -> None:
+        self.kill(place)
 
     async def _at(self, place: int, port: str, connect: Callable[[], Awaitable[C]]) -> C:
         """The system chooses: connect until it chose that one."""
@@ -149,6 +156,10 @@ class TwoBrokers(Pair):
     def gateway_pid(self, place: int) -> int:
         return self.brokers[place].children()["gateway"]
 
+    def cut(self, place: int) -> None:
+        """It hangs, until its supervisor ends it."""
+        os.kill(self.gateway_pid(place), signal.SIGSTOP)
+
     async def _at(self, place: int, port: str, connect: Callable[[], Awaitable[C]]) -> C:
         return await connect()
 
@@ -182,6 +193,16 @@ async def until_has(worker: Worker, *function_ids: str) -> None:
         return listed.issuperset(function_ids)
 
     await until(has)
+
+
+async def until_lacks(worker: Worker, function_id: str) -> None:
+    """Return when the function is not listed any more where `worker` is."""
+
+    async def lacks() -> bool:
+        answer = await worker.call("engine::functions::list", {"search": function_id})
+        return function_id not in {f["function_id"] for f in answer["result"]["functions"]}
+
+    await until(lacks)
 
 
 async def until_has_triggers(worker: Worker, count: int, kind: str | None = None) -> None:
