@@ -179,6 +179,11 @@ def _metrics(index: int, requests: Requests, storage: Storage) -> Metrics:
         "Leaves of dead gateways whose trigger did not come back in time.",
         lambda: requests.leases.dropped_total,
     )
+    metrics.counter(
+        "changes_lost",
+        "Changes of other brokers that could not be told any more, as Redis did not keep them.",
+        lambda: storage.changes_lost_total if isinstance(storage, RedisStorage) else 0,
+    )
     metrics.gauge("links", "Gateways linked.", lambda: len(requests.links))
     metrics.gauge(
         "link_queue_bytes",

@@ -75,7 +75,8 @@ class Requests:
     def link_lost(self, link: GatewayLink, reason: str) -> None:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
-        self.triggers.remove_all(link)
+        for stream in self.triggers.remove_all(link):
+            self._storage.interest_stream(stream, False)
         loop = asyncio.get_running_loop()
         for due_at in self.leases.gateway_lost(link, loop.time()):
             loop.call_at(due_at + _TIMER_SLACK_S, self._leaves_due)
@@ -124,9 +125,12 @@ class Requests:
             case messages.ApplyOps():
                 self._apply_ops(link, message)
             case messages.AddTrigger():
-                self.triggers.add(link, message)
+                if (stream := self.triggers.add(link, message)) is not None:
+                    self._storage.interest_stream(stream, False)
+                self._storage.interest_stream(message.stream, True)
             case messages.RemoveTrigger():
-                self.triggers.remove(link, message.trigger_id)
+                if (stream := self.triggers.remove(link, message.trigger_id)) is not None:
+                    self._storage.interest_stream(stream, False)
                 self.leases.remove_trigger(link, message.trigger_id)
             case messages.Lease():
                 self.leases.add(link, message, asyncio.get_running_loop().time())

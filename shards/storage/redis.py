@@ -82,7 +82,12 @@ class RedisStorage:
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
         self._client = RedisClient(url, self._returned)
-        self._changes = RemoteChanges(self._client, remote_changes or _nobody)
+        self._changes = RemoteChanges(
+            self._client,
+            remote_changes or _nobody,
+            clock,
+            lambda group: shard_of(group, shards) == shard,
+        )
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
         self._scan_due_s = 0.0
@@ -109,6 +114,15 @@ class RedisStorage:
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Tell of a group's changes that others make, from what was last settled of it; or not."""
         self._changes.interest(Group(stream, group_id), wanted)
+
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Tell of the changes that others make in groups of the stream that are this shard's."""
+        self._changes.interest_stream(stream, wanted)
+
+    @property
+    def changes_lost_total(self) -> int:
+        """Changes of others that could not be told, as they were not kept any more."""
+        return self._changes.lost_total
 
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order.

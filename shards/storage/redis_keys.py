@@ -77,6 +77,11 @@ def groups_key(stream: str) -> str:
     return f"broker:groups:{encoded(stream)}"
 
 
+def stream_channel(stream: str) -> str:
+    """Where the changes of all groups of a stream are told, for those with triggers on it."""
+    return f"broker:changes:{encoded(stream)}"
+
+
 @lru_cache(maxsize=4096)
 def group_keys(group: Group) -> GroupKeys:
     """All keys of `group`, in one slot."""

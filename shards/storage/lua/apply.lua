@@ -25,6 +25,10 @@ local asked, next_size, at = ARGV[6], string.gmatch(ARGV[5], '%d+'), 1
 local numbers, answer = {}, { '' }
 
 local EVENTS = 'stream::events'
+-- Names in it have no colon.
+local prefix, stream_name, group_name = string.match(channel,
+    '^(.*)broker:{[^}]*}:changes:([^:]*):([^:]*)$')
+local stream_channel = prefix .. 'broker:changes:' .. stream_name
 local NUMBERED_MAX = 100000 -- items of other writers that get a place at the first touch
 local NUMBERED_AT_ONCE = 1000
 local ENVELOPE_MIN = 100 -- bytes that an envelope has at least beside its data
@@ -155,6 +159,8 @@ local function tell(kind, id, value, event_type)
     keep(envelope)
     redis.pcall('PUBLISH', EVENTS, envelope) -- it is stored, whatever becomes of the message
     redis.pcall('PUBLISH', channel, epoch .. ' ' .. envelope)
+    redis.pcall('PUBLISH', stream_channel,
+        epoch .. ':' .. text_of(seq) .. ':' .. group_name .. ':' .. envelope)
     is_read = false
 end
 
