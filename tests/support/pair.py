@@ -133,19 +133,21 @@ class TwoGateways(Pair):
 
 
 class TwoBrokers(Pair):
-    """On one redis-server, of which `server` is the tests' own."""
+    """On one redis-server, `server`, which is the tests' own; with `gateways` each."""
 
-    def __init__(self, more: str = "", stream: str = "") -> None:
+    def __init__(self, more: str = "", stream: str = "", gateways: int = 1) -> None:
         super().__init__(more, stream)
         self.server = RedisServer()
         config = (
             "workers:\n  - name: iii-stream\n    config:\n      adapter: {name: redis, config:"
-            f" {{redis_url: {self.server.url}}}}}\n" + _lines(stream) + f"broker: {{{more}}}\n"
+            f" {{redis_url: {self.server.url}}}}}\n"
+            + _lines(stream)
+            + f"broker: {{gateways: {gateways}{more and ', ' + more}}}\n"
         )
         self.brokers = []
         try:
             for _ in range(2):
-                self.brokers.append(Broker(config))
+                self.brokers.append(Broker(config, gateways=gateways))
         except BaseException:
             self.__exit__()
             raise
