@@ -68,8 +68,9 @@ class PeerLinks:
 
     @property
     def complete(self) -> bool:
-        """Whether all are linked."""
-        return len(self._peers.siblings()) == len(self._sockets) - 1
+        """Whether all are linked and have told what there is."""
+        linked = len(self._peers.siblings()) == len(self._sockets) - 1
+        return linked and self._peers.all_announced
 
     async def start(self) -> None:
         """Take connections of the gateways with higher numbers, if there may be some.

@@ -83,6 +83,7 @@ class Peer:
         self.link = link
         self.hello = hello
         self.own_broker = own_broker
+        self.announced = False
         self.stopping = False
         self.clients_gone = False
         self.calls: dict[int, Answered] = {}
@@ -160,6 +161,11 @@ class Peers:
         """The other gateways of this broker that are linked, by their numbers."""
         found = [peer for peer in self._peers.values() if peer.own_broker]
         return sorted(found, key=lambda peer: peer.hello.index)
+
+    @property
+    def all_announced(self) -> bool:
+        """Whether all that are linked have told what there is."""
+        return all(peer.announced for peer in self._peers.values())
 
     def count(self, transport: str) -> int:
         """How many are linked by `transport`."""
@@ -328,6 +334,7 @@ class Peers:
             case wire.Registered():
                 mirror.registered(message)
             case wire.Announced():
+                peer.announced = True
                 self._drop_guards(peer.place, list(self._guards.get(peer.place, ())))
             case wire.Reply():
                 if (waiting := peer.calls.pop(message.call_id, None)) is not None:

@@ -271,6 +271,7 @@ def _redis_peers(settings: Config, gateway: Gateway) -> RedisPeers | None:
 
     redis_peers = RedisPeers(adapter.redis_url, gateway.peers, settings.limits.link_queue_bytes_max)
     gateway.peers.is_blind = lambda: redis_peers.is_blind
+    gateway.triggers.wait_for(redis_peers.known())
     return redis_peers
 
 

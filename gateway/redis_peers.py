@@ -33,6 +33,8 @@ BLOCK_MS = 1000
 FORGET_S = 60.0
 """Seconds after which a gateway that is not alive is taken out of the hash."""
 GATEWAYS_MAX = 1024
+KNOWN_S_MAX = 10.0
+"""Seconds for which joins wait, at the start, for gateways that are found but can't be linked."""
 AWAY_S = 0.1
 
 _log = logs.Log("peers")
@@ -49,6 +51,7 @@ class RedisPeers:
 
     def __init__(self, url: str, peers: Peers, queue_bytes_max: int) -> None:
         self._loop = asyncio.get_running_loop()
+        self._peers = peers
         self._me = peers.me
         self._client = RedisClient(url, self._returned)
         self._sessions = Sessions(peers, self._post, self._loop.call_soon, queue_bytes_max)
@@ -61,6 +64,7 @@ class RedisPeers:
         self._missing_since: dict[str, float] = {}
         self._mismatched: set[str] = set()
         self._present: set[str] | None = None
+        self._began_at: float | None = None
 
     @property
     def is_blind(self) -> bool:
@@ -69,8 +73,21 @@ class RedisPeers:
 
     @property
     def settled(self) -> bool:
-        """Whether all that were found are linked."""
-        return self._present is not None and self._sessions.linked(self._present)
+        """Whether all that were found are linked and have told what there is, or Redis is away."""
+        return self._present is not None and (
+            self._sessions.linked(self._present) and self._peers.all_announced
+        )
+
+    async def known(self) -> None:
+        """Return when Redis was there, and all that were found have told what there is."""
+        while True:
+            if self._began_at is not None:
+                if self.settled:
+                    return
+                if self._loop.time() - self._began_at > KNOWN_S_MAX:
+                    _log.warning("peers_not_linked", found=len(self._present or ()))
+                    return
+            await asyncio.sleep(AWAY_S)
 
     async def run(self) -> None:
         """Keep the links until cancelled."""
@@ -138,6 +155,7 @@ class RedisPeers:
         present = {other for other, there in zip(others, alive, strict=True) if there}
         await self._forget_dead([other for other in others if other not in present])
         self._present = present
+        self._began_at = self._loop.time() if self._began_at is None else self._began_at
         self._sessions.tick(present, self._loop.time())
 
     def _others(self, places: Any) -> list[str]:

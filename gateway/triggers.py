@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ from broker import logs
 from broker.clock import wall_clock_ms
 from broker.errors import InvalidRequest
 from broker.messages import AddLeaveTrigger, AddTrigger, Event, Left, Message, RemoveTrigger
+from broker.tasks import Tasks
 from gateway.decoding import located
 from gateway.invocations import Executor, Invocations, Result
 from gateway.worker_protocol import (
@@ -150,6 +151,9 @@ class Triggers:
         self._by_type: dict[str, dict[str, Trigger]] = {}
         self._types: dict[str, TriggerType] = {}
         self._waiting: dict[tuple[str, str, str], deque[bytes]] = {}
+        self._known = asyncio.Event()
+        self._known.set()
+        self._tasks = Tasks()
         self.on_leave_trigger: Callable[[], None] = _nothing
         """Told when leaves are wanted by a worker of another gateway."""
         self.outcomes_total = {
@@ -295,6 +299,16 @@ class Triggers:
         """Every trigger, also one whose type nobody provides."""
         return list(self._triggers.values())
 
+    def wait_for(self, known: Coroutine[Any, Any, None]) -> None:
+        """Before `known` ends, nobody joins: join triggers of others may not be known yet."""
+        self._known.clear()
+
+        async def wait() -> None:
+            await known
+            self._known.set()
+
+        self._tasks.start(wait())
+
     # What the listing functions show.
 
     def active(self) -> list[Trigger]:
@@ -353,11 +367,12 @@ class Triggers:
         return LEAVE in self._by_type
 
     def has_join(self, stream: str, group_id: str) -> bool:
-        """Whether anybody has to be asked about a join."""
-        return bool(self._of_group(JOIN, stream, group_id))
+        """Whether anybody has to be asked about a join, or that is not known yet."""
+        return not self._known.is_set() or bool(self._of_group(JOIN, stream, group_id))
 
     async def may_join(self, stream: str, group_id: str, payload: bytes) -> bool:
         """Ask all join triggers, in order of registration; one refusal or failure refuses."""
+        await self._known.wait()
         allowed = True
         for trigger in self._of_group(JOIN, stream, group_id):
             allowed &= await self._asked(trigger, payload)

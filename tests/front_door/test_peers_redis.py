@@ -221,3 +221,28 @@ def test_others_in_the_hash(run: Run) -> None:
 
     with TwoBrokers() as pair:
         run(main(pair))
+
+
+def test_joins_wait_until_all_guards_are_known(run: Run) -> None:
+    """A broker that starts without Redis lets nobody past the join triggers of others."""
+
+    async def main(pair: TwoBrokers) -> None:
+        guard = await pair.worker(0)
+        await guard.register_function("may", lambda _: {"unauthorized": True})
+        await guard.register_trigger("stream:join", "may", {"stream_name": "guarded"})
+        await guard.barrier()
+        pair.brokers[1].stop()
+        pair.server.pause()
+        pair.brokers[1].start()
+        client = await pair.client(1)
+        await client.send_join("guarded", "g")
+        await client.quiet(0.2)
+        assert not client.waiting
+        pair.server.resume()
+        assert (await client.next(patience_s=30))["event"] == {"type": "unauthorized"}
+        assert (await client.join("open", "g", "s2"))["event"]["type"] == "sync"
+        await guard.close()
+        await client.close()
+
+    with TwoBrokers() as pair:
+        run(main(pair))
