@@ -1,9 +1,10 @@
-"""The metrics port: a small HTTP server that answers `GET /metrics` and nothing else."""
+"""The metrics port: a small HTTP server that answers `GET /metrics`, `/healthz` and `/readyz`."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -15,10 +16,17 @@ CONNECTIONS_MAX = 64
 
 
 class MetricsServer:
-    """Serves a registry; one request per connection."""
+    """Serves a registry; one request per connection.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        not_ready: why the process can't do its work just now, or None.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, not_ready: Callable[[], str | None] = lambda: None
+    ) -> None:
         self._registry = registry
+        self._not_ready = not_ready
         self._open = 0
         self._server: asyncio.Server | None = None
 
@@ -52,6 +60,11 @@ class MetricsServer:
         request, _, rest = head.decode("latin-1").partition("\r\n")
         method, _, target = request.partition(" ")
         path = target.split(" ")[0].split("?")[0]
+        if path in ("/healthz", "/readyz") and method in ("GET", "HEAD"):
+            if path == "/readyz" and (reason := self._not_ready()) is not None:
+                text = f"not ready: {reason}\n".encode()
+                return response("503 Service Unavailable", "text/plain", text)
+            return response("200 OK", "text/plain", b"ok\n")
         if path != "/metrics":
             return response("404 Not Found", "text/plain", b"Metrics are at /metrics.\n")
         if method not in ("GET", "HEAD"):

@@ -208,7 +208,7 @@ async def serve(process: Service) -> None:
     gateway = Gateway(settings, index)
     peer_links = gateway.peer_links
     await peer_links.start()
-    metrics = MetricsServer(_metrics(gateway).registry)
+    metrics = MetricsServer(_metrics(gateway).registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
     redis_peers = _redis_peers(settings, gateway)
     runs = [gateway.links.run(), peer_links.run(), *([redis_peers.run()] if redis_peers else [])]
