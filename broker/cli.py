@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"wrote {shown(options.file)}; run it: broker serve --config FILE")
                 return 0
             case "gateway":
-                return _become("gateway", options, [])
+                return _become("gateway", options, ["--index", str(options.index)])
             case "shard":
                 return _become("shards", options, ["--index", str(options.index)])
             case "reshard":
@@ -93,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("file", metavar="FILE", nargs="?", default=init_config.DEFAULT_FILE)
     check = found.add_parser("check", help="validate a configuration and print all of it")
     check.add_argument("config", metavar="FILE")
-    gateway = found.add_parser("gateway", help="run the gateway process alone")
+    gateway = found.add_parser("gateway", help="run one gateway process alone")
     gateway.add_argument("--config", metavar="FILE", required=True)
+    gateway.add_argument("--index", type=int, default=0, metavar="I", help="from 0 (default)")
     shard = found.add_parser("shard", help="run one shard process alone")
     shard.add_argument("--config", metavar="FILE", required=True)
     shard.add_argument("--index", type=int, required=True, metavar="K", help="from 0")

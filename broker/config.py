@@ -33,12 +33,14 @@ from broker.logs import LogFormat, LogLevel
 KIB = 1024
 MIB = 1024 * 1024
 SHARDS_MAX = 1024
+GATEWAYS_MAX = 64
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 # No control characters, which would break lines, and no lone surrogates, which are no UTF-8.
 _TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=_TEXT)]
 Shards = Annotated[int, Meta(ge=1, le=SHARDS_MAX)]
+Gateways = Annotated[int, Meta(ge=1, le=GATEWAYS_MAX)]
 FILE_PATH_KEY = "modules[].config.adapter.config.file_path"
 """The key that errors about the KvStore's folder name."""
 
@@ -102,7 +104,8 @@ class MetricsPorts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Text = "127.0.0.1"
     port: Port = 9464
-    """TCP port of the gateway, shard K has `port + 1 + K`; 0: each process takes a free one."""
+    """TCP port of the gateway, shard K has `port + 1 + K`, further gateways have those behind the
+    shards'; 0: each process takes a free one."""
     top_streams: Annotated[int, Meta(ge=0, le=100)] = 0
     """Streams of each shard, those used most, that are exposed by name; 0: none."""
 
@@ -208,6 +211,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsPorts = msgspec.field(default_factory=MetricsPorts)
     adapter: KvAdapter | RedisAdapter = msgspec.field(default_factory=KvAdapter)
     shards: Shards = msgspec.field(default_factory=default_shards)
+    gateways: Gateways = 1
+    """Processes that share the two ports."""
     run_dir: Text = "./data/run"
     """Folder of the Unix sockets."""
     log_level: LogLevel = "info"
@@ -274,6 +279,7 @@ def load(
     broker = mapping(values, "broker", "")
     plain = {
         "shards": Shards,
+        "gateways": Gateways,
         "run_dir": Text,
         "log_level": LogLevel,
         "log_format": LogFormat,
@@ -335,6 +341,7 @@ def to_yaml(config: Config) -> str:
         "modules": [{"class": _STREAM_CLASS, "config": stream}],
         "broker": {
             "shards": config.shards,
+            "gateways": config.gateways,
             "run_dir": config.run_dir,
             "log_level": config.log_level,
             "log_format": config.log_format,
@@ -491,11 +498,13 @@ def _with_overrides(config: Config, overrides: Overrides) -> Config:
         ),
         metrics=_with_options(config.metrics, port=("--metrics-port", overrides.metrics_port)),
     )
-    port, port_max = config.metrics.port, 65535 - config.shards
-    if port > port_max:  # shard K takes port + 1 + K
+    processes = config.shards + config.gateways
+    port, port_max = config.metrics.port, 65536 - processes
+    if port > port_max:  # each of them takes one
         path = "broker.metrics.port" if overrides.metrics_port is None else "--metrics-port"
         reason = (
             f"holds {port}, may hold an integer from 0 to {port_max} with {config.shards} shards"
+            + (f" and {config.gateways} gateways" if config.gateways > 1 else "")
         )
         raise ConfigError(path, reason)
     return config

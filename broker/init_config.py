@@ -41,6 +41,8 @@ _BROKER = """\
 broker:
   # Shard processes; one per core, at least 2, unless said here. Fixed once data is written.
   #shards: 2
+  # Processes that share both ports, when one is not enough for the clients.
+  #gateways: 1
   # debug, info, warning or error; taken over on SIGHUP. The format is text or json.
   #log_level: info
   #log_format: text

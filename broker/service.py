@@ -32,6 +32,9 @@ from broker.tracing import Tracing
 CONFIG_EXIT_CODE = 2
 RESTARTS = "BROKER_RESTARTS"
 """Variable by which the supervisor tells a process how often it was started again."""
+STREAM_PORT_KEY = "modules[].config.port"
+WORKER_PORT_KEY = "broker.worker.port"
+"""Keys that errors about the ports name."""
 BACKLOG = 4096
 _GC_THRESHOLD = 50_000
 _READ_BYTES = 65536
@@ -225,6 +228,8 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
         left.append("modules[].config.adapter")
     if used.shards != new.shards:
         left.append("broker.shards")
+    if used.gateways != new.gateways:
+        left.append("broker.gateways")
     if used.run_dir != new.run_dir:
         left.append("broker.run_dir")
     if used.tracing != new.tracing:
@@ -348,12 +353,36 @@ def _supervisor_said(lines: _Lines, service: Service, loop: asyncio.AbstractEven
         service.hand_over(line)
 
 
-def listening_socket(host: str, port: int, key: str) -> socket.socket:
+def listening_socket(host: str, port: int, key: str, *, shared: bool = False) -> socket.socket:
     """A TCP socket that listens on `host` and `port` (0: a free one).
+
+    Of those that listen on a `shared` address the system gives each connection to one.
 
     Raises:
         ConfigError: under `key`, naming the address, when it is taken or can't be had.
     """
+    listener = _bound_socket(host, port, key, shared)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(key, f"can't listen on {host}:{port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def reserved_port(host: str, port: int, key: str) -> socket.socket:
+    """A TCP socket that keeps an address (port 0: a free one) for processes that share it.
+
+    Raises:
+        ConfigError: as `listening_socket`; also when others share the address already.
+    """
+    if port:
+        _bound_socket(host, port, key, shared=False).close()
+    return _bound_socket(host, port, key, shared=True)
+
+
+def _bound_socket(host: str, port: int, key: str, shared: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -364,12 +393,12 @@ def listening_socket(host: str, port: int, key: str) -> socket.socket:
         raise ConfigError(key, f"can't listen on {host}:{port}: {reason}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(key, f"can't listen on {host}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
     return listener
 
 
@@ -414,6 +443,23 @@ def _remove_stale(path: Path, key: str) -> None:
 def shard_socket(settings: Config, shard: int) -> Path:
     """Where shard `shard` listens."""
     return Path(settings.run_dir) / f"shard-{shard}.sock"
+
+
+def gateway_socket(settings: Config, gateway: int) -> Path:
+    """Where gateway `gateway` listens for the other gateways of its broker."""
+    return Path(settings.run_dir) / f"gateway-{gateway}.sock"
+
+
+def shard_metrics_port(settings: Config, shard: int) -> int:
+    """The metrics port of a shard; 0 for a free one."""
+    return settings.metrics.port and settings.metrics.port + 1 + shard
+
+
+def gateway_metrics_port(settings: Config, gateway: int) -> int:
+    """The metrics port of a gateway: the first has the one that is configured, the others have
+    those behind the shards'; 0 for a free one."""
+    first = settings.metrics.port
+    return first + settings.shards + gateway if first and gateway else first
 
 
 def url_host(host: str) -> str:

@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
+from msgspec import structs
 
-from broker import config, logs
+from broker import config, logs, service
 from broker.config import Config
 from broker.errors import ConfigError
 from broker.notify import Notifier
@@ -186,46 +188,88 @@ async def serve(settings: Config, load: Load | None = None) -> int:
         _Child(f"shard-{k}", ["-m", "shards", "--index", str(k)], settings)
         for k in range(settings.shards)
     ]
-    gateway = _Child("gateway", ["-m", "gateway"], settings)
-    children = [*shards, gateway]
+    reserved: list[socket.socket] = []
+    gateways: list[_Child] = []
     stopped = asyncio.create_task(stopping.wait())
     try:
-        ready = await _start(children, stopped)
+        settings, reserved = _with_shared_ports(settings)
+        gateways = _gateways(settings)
+        children = [*shards, *gateways]
+        ready = await _start(children, stopped, gateways[0])
         if ready is None:
             return 0 if stopping.is_set() else CONFIG_EXIT_CODE
         print(
             f"ready stream={ready.stream} worker={ready.worker} metrics={ready.metrics}"
-            f" shards={settings.shards}",
+            f" shards={settings.shards}"
+            + (f" gateways={settings.gateways}" if settings.gateways > 1 else ""),
             flush=True,
         )
         status = status_of(ready)
         notifier.ready(status)
         keepers = [asyncio.create_task(child.keep()) for child in children]
-        gateway_keeper = keepers[-1]
+        gateway_keepers = keepers[len(shards) :]
         if load is not None:
             reloading = _reload_when(
-                hung_up, load, settings, gateway, shards=shards, notifier=notifier, status=status
+                hung_up, load, settings, gateways, shards=shards, notifier=notifier, status=status
             )
             keepers.append(asyncio.create_task(reloading))
-        await _until_over(stopped, gateway_keeper, keepers)
+        await _until_over(stopped, gateway_keepers, keepers)
         return 0 if stopping.is_set() else 1
     finally:
         notifier.stopping()
         stopped.cancel()
         timeout_s = settings.limits.stop_timeout_s + KILL_AFTER_S
-        await gateway.stop(timeout_s)
+        await asyncio.gather(*(gateway.stop(timeout_s) for gateway in gateways))
         await asyncio.gather(*(shard.stop(timeout_s) for shard in shards))
+        for placeholder in reserved:
+            placeholder.close()
+
+
+def _gateways(settings: Config) -> list[_Child]:
+    command = ["-m", "gateway"]
+    if settings.gateways == 1:
+        return [_Child("gateway", command, settings)]
+    return [
+        _Child(f"gateway-{i}", [*command, "--index", str(i)], settings)
+        for i in range(settings.gateways)
+    ]
+
+
+def _with_shared_ports(settings: Config) -> tuple[Config, list[socket.socket]]:
+    """`settings` with ports that several gateways can share, and sockets that keep these.
+
+    Raises:
+        ConfigError: a port is taken.
+    """
+    if settings.gateways == 1:
+        return settings, []
+    stream, worker = settings.stream, settings.worker
+    kept = [service.reserved_port(stream.host, stream.port, service.STREAM_PORT_KEY)]
+    try:
+        kept.append(service.reserved_port(worker.host, worker.port, service.WORKER_PORT_KEY))
+    except ConfigError:
+        kept[0].close()
+        raise
+    stream_port, worker_port = (placeholder.getsockname()[1] for placeholder in kept)
+    return (
+        structs.replace(
+            settings,
+            stream=structs.replace(stream, port=stream_port),
+            worker=structs.replace(worker, port=worker_port),
+        ),
+        kept,
+    )
 
 
 async def _until_over(
     stopped: asyncio.Task[bool],
-    gateway_keeper: asyncio.Task[None],
+    gateway_keepers: list[asyncio.Task[None]],
     tasks: list[asyncio.Task[None]],
 ) -> None:
-    """Wait until the broker is to stop or its gateway is given up; shards may be. Raises what one
-    of `tasks` raised; all are over then."""
+    """Wait until the broker is to stop or its last gateway is given up; shards may be. Raises what
+    one of `tasks` raised; all are over then."""
     waiting: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
-    while not stopped.done() and not gateway_keeper.done():
+    while not stopped.done() and not all(g.done() for g in gateway_keepers):
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if any(task.exception() for task in done):
             break
@@ -240,7 +284,7 @@ async def _reload_when(
     hung_up: asyncio.Event,
     load: Load,
     settings: Config,
-    gateway: _Child,
+    gateways: list[_Child],
     *,
     shards: Sequence[_Child],
     notifier: Notifier,
@@ -253,7 +297,8 @@ async def _reload_when(
         notifier.reloading()
         try:
             used, left = reloaded(settings, load())
-            await gateway.reload(used)
+            for gateway in gateways:
+                await gateway.reload(used)
         except ConfigError as error:
             _log.error("config_not_reloaded", reason=error)
         else:
@@ -264,8 +309,10 @@ async def _reload_when(
         notifier.ready(status)
 
 
-async def _start(children: list[_Child], stopped: asyncio.Task[bool]) -> Ready | None:
-    """Start all; the gateway's addresses when all are ready, None when one of them is not."""
+async def _start(
+    children: list[_Child], stopped: asyncio.Task[bool], first: _Child
+) -> Ready | None:
+    """Start all; the addresses of `first` when all are ready, None when one of them is not."""
     starts = [asyncio.create_task(child.start()) for child in children]
     waiting: set[asyncio.Task[Ready | None]] = set(starts)
     while waiting and not stopped.done():
@@ -278,6 +325,6 @@ async def _start(children: list[_Child], stopped: asyncio.Task[bool]) -> Ready |
     outcomes = await asyncio.gather(*starts, return_exceptions=True)
     if any(not isinstance(outcome, Ready) for outcome in outcomes):
         return None
-    ready = outcomes[-1]
+    ready = outcomes[children.index(first)]
     assert isinstance(ready, Ready)
     return ready

@@ -19,11 +19,11 @@ if [ -z "$root" ] && [ "$(id -u)" -ne 0 ]; then
     exit 1
 fi
 
-units=(broker.service broker-gateway.service broker-shard@.service broker.target)
+units=(broker.service broker-gateway{,@}.service broker-shard@.service broker.target)
 if [ -z "$root" ] && [ -d /run/systemd/system ]; then
-    mapfile -t shards < <(systemctl list-units --all --plain --no-legend 'broker-shard@*' |
-        awk '{ print $1 }')
-    for unit in broker.service broker.target broker-gateway.service "${shards[@]}"; do
+    mapfile -t instances < <(systemctl list-units --all --plain --no-legend 'broker-shard@*' \
+        'broker-gateway@*' | awk '{ print $1 }')
+    for unit in broker.service broker.target broker-gateway.service "${instances[@]}"; do
         systemctl disable --now "$unit" 2>/dev/null || true # one that is not installed
     done
 fi

@@ -1,4 +1,7 @@
-"""The functions `broker::*` about clients: who is connected, who is in a group, who has to go."""
+"""The functions `broker::*` about clients: who is connected, who is in a group, who has to go.
+
+They tell of the clients of all gateways of the broker, one gateway after the other.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from broker.names import Group
 from broker.tasks import Tasks
 from gateway.access import same_address
 from gateway.hub import Subscription
-from gateway.shard_links import Answered
+from gateway.peers import Peers
+from gateway.remote_workers import unavailable
+from gateway.shard_links import Answer, Answered
 from gateway.stream_calls import deserialization_error
 from gateway.stream_port import DISCONNECTED_CODE, Client, StreamPort
 
@@ -65,11 +70,30 @@ class _Disconnect(_Match):
 _Input = TypeVar("_Input")
 
 
-class BrokerFunctions:
-    """Answers calls from what this gateway knows."""
+class _Page(Struct):
+    """What one gateway answers to `broker::connections` or `broker::members`."""
 
-    def __init__(self, port: StreamPort, gateway_id: str) -> None:
+    cursor: str | None
+    count: int
+    connections: list[Raw] = []
+    members: list[Raw] = []
+
+
+class _Count(Struct):
+    disconnected: int
+
+
+class BrokerFunctions:
+    """Answers calls from what the gateways of this broker know.
+
+    Args:
+        gateways: how many this broker has.
+    """
+
+    def __init__(self, port: StreamPort, gateway_id: str, peers: Peers, gateways: int) -> None:
         self._port = port
+        self._peers = peers
+        self._gateways = gateways
         self._prefix = gateway_id.partition("-")[0]
         self._tasks = Tasks()
         self._functions: dict[str, Callable[[bytes, Answered], None]] = {
@@ -85,14 +109,98 @@ class BrokerFunctions:
 
     def call(self, function_id: str, data: bytes, answered: Answered) -> bool:
         """Make a call; False when there is no such function. A result comes as a `Reply`."""
-        function = self._functions.get(function_id)
-        if function is None:
+        if function_id not in self._functions:
             return False
+        if self._gateways == 1:
+            self.call_here(function_id, data, answered)
+        else:
+            self._tasks.start(self._call_all(function_id, data, answered))
+        return True
+
+    def call_here(self, function_id: str, data: bytes, answered: Answered) -> None:
+        """Answer for the clients of this gateway alone."""
         try:
-            function(b"{}" if data == b"null" else data, answered)
+            self._functions[function_id](b"{}" if data == b"null" else data, answered)
         except BrokerError as refusal:
             answered(refusal)
-        return True
+
+    # All gateways.
+
+    async def _call_all(self, function_id: str, data: bytes, answered: Answered) -> None:
+        try:
+            if function_id == "broker::disconnect":
+                result = await self._disconnect_everywhere(function_id, data)
+            else:
+                result = await self._page(function_id, b"{}" if data == b"null" else data)
+        except BrokerError as error:
+            answered(error)
+        else:
+            answered(Reply(0, result))
+
+    async def _page(self, function_id: str, data: bytes) -> bytes:
+        """A page of what the gateways have, one after the other.
+
+        Raises:
+            BrokerError: the input can't be used, or a gateway did not answer.
+        """
+        query: _Members | _Connections
+        if function_id == "broker::members":
+            name, query = "members", _decode(function_id, data, _Members)
+        else:
+            name, query = "connections", _decode(function_id, data, _Connections)
+        first, after = _place(query.cursor)
+        fields = _query_fields.decode(data)
+        found: list[Raw] = []
+        count, cursor = 0, None
+        gateways = sorted([self._peers.me.index, *(p.hello.index for p in self._peers.siblings())])
+        for place in gateways:
+            is_read = place >= first and len(found) < query.limit and cursor is None
+            fields["limit"] = Raw(b"%d" % (query.limit - len(found) if is_read else 1))
+            fields["cursor"] = Raw(_encode(str(after) if place == first else None))
+            page = _page_decoder.decode(await self._ask(place, function_id, _encode(fields)))
+            count += page.count
+            if is_read:
+                found += page.connections or page.members
+                if page.cursor is not None:
+                    cursor = f"{place}-{page.cursor}"
+                elif len(found) == query.limit and place != gateways[-1]:
+                    cursor = f"{place + 1}-0"
+        return _encode({name: found, "cursor": cursor, "count": count})
+
+    async def _disconnect_everywhere(self, function_id: str, data: bytes) -> bytes:
+        """Raises: BrokerError when the input can't be used, or not all gateways were asked."""
+        siblings = [peer.hello.index for peer in self._peers.siblings()]
+        asked = [self._ask(place, function_id, data) for place in (self._peers.me.index, *siblings)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        if failed := [answer for answer in answers if isinstance(answer, BaseException)]:
+            raise failed[0]
+        if len(asked) < self._gateways:
+            raise unavailable("", "not every gateway of the broker is linked")
+        counts = [_count_decoder.decode(a) for a in answers if isinstance(a, bytes)]
+        return _encode({"disconnected": sum(answer.disconnected for answer in counts)})
+
+    async def _ask(self, place: int, function_id: str, data: bytes) -> bytes:
+        """What the gateway at `place` answers.
+
+        Raises:
+            BrokerError: it refuses, or can't be asked.
+        """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        peers = {peer.hello.index: peer for peer in self._peers.siblings()}
+        if place == self._peers.me.index:
+            self.call_here(function_id, data, future.set_result)
+        elif place in peers:
+            peers[place].ask(function_id, data, future.set_result)
+        else:
+            raise unavailable(str(place), "it is not linked")
+        answer = await future
+        if isinstance(answer, BrokerError):
+            raise answer
+        assert isinstance(answer, Reply), "what these calls are answered with"
+        assert answer.result is not None, "these calls have results"
+        return answer.result
+
+    # This gateway.
 
     def _connections(self, data: bytes, answered: Answered) -> None:
         query = _decode("broker::connections", data, _Connections)
@@ -204,6 +312,17 @@ def _number(cursor: str | None) -> int:
     if not (cursor.isascii() and cursor.isdecimal()) or len(cursor) > CURSOR_MAX:
         raise InvalidRequest("INVALID_ARGUMENTS", "cursor is not one that was given", "cursor")
     return int(cursor)
+
+
+def _place(cursor: str | None) -> tuple[int, int]:
+    """The gateway at which a page begins, and the number after which it does there."""
+    gateway, _, number = (cursor or "0-0").rpartition("-")
+    return _number(gateway or "0"), _number(number)
+
+
+_query_fields = msgspec.json.Decoder(dict[str, Raw])
+_page_decoder = msgspec.json.Decoder(_Page)
+_count_decoder = msgspec.json.Decoder(_Count)
 
 
 def _decode(function_id: str, data: bytes, kind: type[_Input]) -> _Input:

@@ -2,7 +2,8 @@
 
 The worker stores, the shard numbers, publishes and triggers. Operations on one group of such a
 stream run one after the other, so that an event is of what was stored, a sync is as of its seq,
-and an update through the worker's get and set is atomic.
+and an update through the worker's get and set is atomic. So one gateway runs those of a stream:
+that of the worker which registered a function of it first. The others send theirs to it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -29,6 +31,8 @@ WAITING_MAX = 1000
 """Operations of one group that wait for the worker; past it calls are refused."""
 TIMEOUT_S = 30.0
 """For one answer of the worker: the SDKs' own limit on a call."""
+UNAVAILABLE = "gateway_unavailable"
+"""Code of the error when another gateway can't be asked."""
 
 StreamCall = (
     messages.Get
@@ -41,6 +45,20 @@ StreamCall = (
 )
 
 _Work = Callable[[], Coroutine[None, None, None]]
+
+
+class StreamOwner(Protocol):
+    """Another gateway, whose worker stores a stream."""
+
+    def operate(self, call: StreamCall, answered: Answered) -> None:
+        """Have a call made."""
+
+    def read(self, group: Group, item_id: str | None, answered: Answered) -> int:
+        """Have the group, or an item, read and held until `release` with the id returned."""
+
+    def release(self, call_id: int) -> None:
+        """Let the group go on."""
+
 
 _encode = msgspec.json.encode
 
@@ -68,14 +86,23 @@ class Unread(Struct):
 
 
 class CustomStreams:
-    """Runs operations on streams that workers store."""
+    """Runs operations on streams that workers store.
+
+    Args:
+        owner_of: the gateway that a worker is connected to, when it is another one.
+    """
 
     def __init__(
-        self, functions: Functions[Executor], invocations: Invocations, links: ShardLinks
+        self,
+        functions: Functions[Executor],
+        invocations: Invocations,
+        links: ShardLinks,
+        owner_of: Callable[[Executor], StreamOwner | None],
     ) -> None:
         self._functions = functions
         self._invocations = invocations
         self._links = links
+        self._owner_of = owner_of
         self._queues: dict[Group, deque[_Work]] = {}
         self._tasks = Tasks()
         self.refused_total = 0
@@ -96,6 +123,13 @@ class CustomStreams:
         return group.stream in self._functions.custom or group in self._queues
 
     def call(self, group: Group, call: StreamCall, answered: Answered) -> None:
+        """Make a call on a group, after those before it, wherever that is done."""
+        if (owner := self._owner_elsewhere(group)) is not None:
+            owner.operate(call, answered)
+        else:
+            self.call_here(group, call, answered)
+
+    def call_here(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Make a call on a group, after those before it."""
 
         async def work() -> None:
@@ -121,7 +155,32 @@ class CustomStreams:
     def join(self, join: messages.Join, answered: Callable[[Answer | Unread], None]) -> None:
         """Make a sync of what the worker has, as of the shard's seq, or resume."""
         group = Group(join.stream, join.group_id)
-        self._enqueue(group, partial(self._join, group, join, answered), answered)
+        if (owner := self._owner_elsewhere(group)) is not None:
+            self._join_elsewhere(owner, group, join, answered)
+        else:
+            self._enqueue(group, partial(self._join, group, join, answered), answered)
+
+    def read_here(
+        self, group: Group, item_id: str | None, answered: Answered, released: asyncio.Event
+    ) -> None:
+        """Read a group, or an item, for another gateway, and hold the group until `released`."""
+
+        async def work() -> None:
+            data = await self._read(group, item_id)
+            answered(data if isinstance(data, BrokerError) else Reply(0, data))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TIMEOUT_S):
+                    await released.wait()
+
+        self._enqueue(group, work, answered)
+
+    def _owner_elsewhere(self, group: Group) -> StreamOwner | None:
+        """The gateway that runs the operations on the group, when it is another one and nothing
+        is under way here."""
+        if group in self._queues:
+            return None
+        worker = self._functions.custom_owner(group.stream, lambda worker: worker.worker_id)
+        return None if worker is None else self._owner_of(worker)
 
     def _enqueue(
         self,
@@ -154,14 +213,48 @@ class CustomStreams:
     async def _join(
         self, group: Group, join: messages.Join, answered: Callable[[Answer | Unread], None]
     ) -> None:
-        function = "list" if join.item_id is None else "get"
-        data: bytes | BrokerError | None = None
-        if self.serves(group.stream, function):
-            data = _passed_on(await self._invoke(function, group, join.item_id, {})) or b"null"
+        done = asyncio.Event()
+        data = await self._read(group, join.item_id)
+        self._join_shard(group, join, data, answered, done.set)
+        await done.wait()
+
+    def _join_elsewhere(
+        self,
+        owner: StreamOwner,
+        group: Group,
+        join: messages.Join,
+        answered: Callable[[Answer | Unread], None],
+    ) -> None:
+        """As `_join`, with data that another gateway reads; it holds the group meanwhile."""
+
+        def read(answer: Answer) -> None:
+            if isinstance(answer, BrokerError) and answer.code == UNAVAILABLE:
+                answered(answer)
+                return
+            data = answer if isinstance(answer, BrokerError) else _result_of(answer)
+            self._join_shard(group, join, data, answered, lambda: owner.release(call_id))
+
+        call_id = owner.read(group, join.item_id, read)
+
+    async def _read(self, group: Group, item_id: str | None) -> bytes | BrokerError | None:
+        """What the worker has of a group, or an item; None: it is not asked."""
+        function = "list" if item_id is None else "get"
+        if not self.serves(group.stream, function):
+            return None
+        return _passed_on(await self._invoke(function, group, item_id, {})) or b"null"
+
+    def _join_shard(
+        self,
+        group: Group,
+        join: messages.Join,
+        data: bytes | BrokerError | None,
+        answered: Callable[[Answer | Unread], None],
+        done: Callable[[], None],
+    ) -> None:
+        """Join with the data of the sync, or without it where it could not be read."""
         error = data if isinstance(data, BrokerError) else None
         link = self._links.of(group)
         join.call_id = link.next_call_id()
-        done = asyncio.Event()
 
         def joined(answer: Answer) -> None:
             # At once: the events that follow are right behind it.
@@ -169,11 +262,10 @@ class CustomStreams:
                 answered(Unread(answer.seq, answer.epoch, error))
             else:
                 answered(answer)
-            done.set()
+            done()
 
         join.data = b"null" if isinstance(data, BrokerError) else data
         link.call(join, join.call_id, joined)
-        await done.wait()
 
     async def _perform(self, group: Group, call: StreamCall) -> bytes | None:
         """Do the worker's part, then the shard's.
@@ -301,6 +393,11 @@ def _passed_on(result: Result) -> bytes | BrokerError | None:
         return result.result
     error = _read_error(result.error)
     return BrokerError(error.code, error.message)
+
+
+def _result_of(answer: Answer) -> bytes | None:
+    assert isinstance(answer, Reply), "what reading is answered with"
+    return answer.result
 
 
 def _as_answer(answer: bytes | BrokerError | None) -> Answer:

@@ -63,6 +63,8 @@ class WorkerInfo:
         self.connected_at_ms = connected_at_ms
         self.ip_address = remote_address.rpartition(":")[0].strip("[]")
         self.fields: _Fields = {}
+        self.namespace = "default"
+        """Where its functions are registered."""
 
     @property
     def name(self) -> str | None:

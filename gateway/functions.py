@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from gateway.worker_protocol import RegisterFunction
@@ -42,7 +43,12 @@ BROKER_FUNCTIONS = {
 BUILTINS = STREAM_FUNCTIONS | ENGINE_FUNCTIONS | BROKER_FUNCTIONS
 """Ids and descriptions of the functions that the broker answers itself."""
 
-_CUSTOM = re.compile(r"stream::(?:get|set|delete|list|list_groups|update)\((.*)\)", re.DOTALL)
+CUSTOM_FUNCTIONS = tuple(
+    f"stream::{name}" for name in ("get", "set", "delete", "list", "list_groups", "update")
+)
+"""What workers that store a stream register, followed by its name in parentheses."""
+
+_CUSTOM = re.compile(rf"(?:{'|'.join(CUSTOM_FUNCTIONS)})\((.*)\)", re.DOTALL)
 _PREFIX = re.compile(r"(.*?)::")
 
 Key = tuple[str, str]
@@ -52,15 +58,18 @@ Key = tuple[str, str]
 class Registration(Generic[W]):
     """A function as one worker registered it."""
 
-    __slots__ = ("definition", "worker")
+    __slots__ = ("at_ms", "definition", "remote", "worker")
 
-    def __init__(self, worker: W, definition: RegisterFunction) -> None:
+    def __init__(self, worker: W, definition: RegisterFunction, at_ms: int, remote: bool) -> None:
         self.worker = worker
         self.definition = definition
+        self.at_ms = at_ms
+        self.remote = remote
 
 
 class Functions(Generic[W]):
-    """The functions of all workers. Of several registrations the first is served, others wait."""
+    """The functions of all workers. Of several registrations the first is served, others wait;
+    those of workers of other gateways, which are `remote`, come after our own."""
 
     def __init__(self) -> None:
         self._registrations: dict[Key, list[Registration[W]]] = {}
@@ -70,7 +79,15 @@ class Functions(Generic[W]):
     def __len__(self) -> int:
         return len(self._registrations)
 
-    def register(self, namespace: str, worker: W, definition: RegisterFunction) -> W | None:
+    def register(
+        self,
+        namespace: str,
+        worker: W,
+        definition: RegisterFunction,
+        *,
+        at_ms: int = 0,
+        remote: bool = False,
+    ) -> W | None:
         """Enter a function. Returns another worker that owns the id and keeps it, if there is."""
         key = (namespace, definition.id)
         if key not in self._registrations:
@@ -81,7 +98,11 @@ class Functions(Generic[W]):
                 registration.definition = definition
                 break
         else:
-            waiting.append(Registration(worker, definition))
+            registration = Registration(worker, definition, at_ms, remote)
+            place = len(waiting)
+            while not remote and place and waiting[place - 1].remote:
+                place -= 1
+            waiting.insert(place, registration)
         owner = waiting[0].worker
         return None if owner is worker else owner
 
@@ -107,7 +128,13 @@ class Functions(Generic[W]):
             if key[0] == old:
                 for registration in [r for r in waiting if r.worker is worker]:
                     self.unregister(old, worker, key[1])
-                    self.register(new, worker, registration.definition)
+                    self.register(
+                        new,
+                        worker,
+                        registration.definition,
+                        at_ms=registration.at_ms,
+                        remote=registration.remote,
+                    )
 
     def _count_custom(self, key: Key, change: int) -> None:
         found = _CUSTOM.fullmatch(key[1]) if key[0] == "default" else None
@@ -119,6 +146,24 @@ class Functions(Generic[W]):
             self.custom[stream] = count
         else:
             del self.custom[stream]
+
+    def custom_owner(self, stream: str, order: Callable[[W], str]) -> W | None:
+        """The worker whose gateway runs the operations on a stream that workers store: of all that
+        have functions of it the one that registered first; `order` decides between equals."""
+        found = [
+            registration
+            for function in CUSTOM_FUNCTIONS
+            for registration in self._registrations.get(("default", f"{function}({stream})"), ())
+        ]
+        if not found:
+            return None
+        return min(found, key=lambda r: (r.at_ms, order(r.worker))).worker
+
+    def all(self) -> Iterator[tuple[Key, Registration[W]]]:
+        """Every registration, in the order in which they are served."""
+        for key, waiting in self._registrations.items():
+            for registration in waiting:
+                yield key, registration
 
     def find(self, namespace: str, function_id: str) -> Registration[W] | None:
         """The registration that is served."""

@@ -34,8 +34,12 @@ class Executor(Protocol):
 
     worker_id: str
 
-    def send_call(self, payload: bytes) -> bool:
-        """Send a call; False when too much waits for the worker already."""
+    def send_call(self, payload: bytes, invocation_id: str | None) -> bool:
+        """Send a call, with its id if anybody waits for the answer; False when too much waits for
+        the worker already."""
+
+    def forget(self, invocation_id: str) -> None:
+        """Nobody waits for the answer any more."""
 
 
 class Invocation:
@@ -83,6 +87,8 @@ class Invocations:
         self.too_many_total = 0
         self.overloaded_total = 0
         self.resent_total = 0
+        self.on_foreign_answer: Callable[[Executor, str, Result], None] = _ignored
+        """Takes an answer to a call that was not made here."""
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -148,7 +154,7 @@ class Invocations:
             baggage=None if trace is None else trace.baggage,
             metadata=metadata,
         )
-        if not executor.send_call(payload):
+        if not executor.send_call(payload, None if answered is None else invocation_id):
             self.overloaded_total += 1
             _ended(
                 answered,
@@ -239,22 +245,30 @@ class Invocations:
 
     def answer(self, executor: Executor, message: InvocationResult) -> None:
         """An answer came; ignored unless it is of a call that `executor` was sent."""
-        invocation = self._pending.get(message.invocation_id)
-        if invocation is None or invocation.executor is not executor:
-            return
-        self._settle(message.invocation_id, Result(present(message.result), present(message.error)))
+        result = Result(present(message.result), present(message.error))
+        self._answered(executor, message.invocation_id, result)
 
     def answer_undecodable(self, executor: Executor, invocation_id: str, error: bytes) -> None:
         """An answer came that can't be read: the caller is told so."""
+        self._answered(executor, invocation_id, Result(error=error))
+
+    def answered_elsewhere(self, invocation_id: str, result: Result) -> None:
+        """A worker of another gateway answered."""
+        if invocation_id in self._pending:
+            self._settle(invocation_id, result)
+
+    def _answered(self, executor: Executor, invocation_id: str, result: Result) -> None:
         invocation = self._pending.get(invocation_id)
-        if invocation is not None and invocation.executor is executor:
-            self._settle(invocation_id, Result(error=error))
+        if invocation is None:
+            self.on_foreign_answer(executor, invocation_id, result)
+        elif invocation.executor is executor:
+            self._settle(invocation_id, result)
 
     def remove_worker(self, worker: Executor) -> None:
         """The worker left, its functions are gone already: calls to it go to the next worker or
         fail, its own are forgotten."""
         for invocation_id in list(self._by_caller.get(worker, ())):
-            self._remove(invocation_id)
+            self._remove(invocation_id).executor.forget(invocation_id)
         stopped = Result(error=error_text(BrokerError("invocation_stopped", "Invocation stopped")))
         for invocation_id in list(self._by_executor.get(worker, ())):
             if not self._resend(invocation_id):
@@ -267,7 +281,7 @@ class Invocations:
             return False
         namespace, function_id, payload = invocation.again
         registration = self._functions.find(namespace, function_id)
-        if registration is None or not registration.worker.send_call(payload):
+        if registration is None or not registration.worker.send_call(payload, invocation_id):
             return False
         self.resent_total += 1
         _discard(self._by_executor, invocation.executor, invocation_id)
@@ -283,13 +297,14 @@ class Invocations:
             invocation_id, until = next(iter(self._impatient.items()))
             if until > now:
                 break
-            self._settle(invocation_id, _late("the handler", self._patience_s))
+            self._settle_late(invocation_id, _late("the handler", self._patience_s))
         self._sweeping = bool(self._impatient)
         if self._sweeping:
             loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def _settle_late(self, invocation_id: str, result: Result) -> None:
         if invocation_id in self._pending:
+            self._pending[invocation_id].executor.forget(invocation_id)
             self._settle(invocation_id, result)
 
     def _settle(self, invocation_id: str, result: Result) -> None:
@@ -302,6 +317,10 @@ class Invocations:
         if invocation.caller is not None:
             _discard(self._by_caller, invocation.caller, invocation_id)
         return invocation
+
+
+def _ignored(executor: Executor, invocation_id: str, result: Result) -> None:
+    """Where no other gateway calls our workers."""
 
 
 def _ended(answered: Answered | None, error: BrokerError) -> None:

@@ -15,6 +15,7 @@ import msgspec
 from broker import messages
 from broker.names import Group
 from gateway.hub import Subscription
+from gateway.peers import Peers
 from gateway.shard_links import ShardLink, ShardLinks
 from gateway.triggers import Triggers
 
@@ -44,9 +45,10 @@ class Leaves:
         delay_s: for which a client whose connection ended may come back without having left.
     """
 
-    def __init__(self, triggers: Triggers, links: ShardLinks, delay_s: float) -> None:
+    def __init__(self, triggers: Triggers, links: ShardLinks, peers: Peers, delay_s: float) -> None:
         self._triggers = triggers
         self._links = links
+        self._peers = peers
         self._delay_s = delay_s
         self._leases: dict[Subscription, _Lease] = {}
         self._away: dict[bytes, list[_Lease]] = {}
@@ -55,13 +57,21 @@ class Leaves:
 
     def joined(self, subscription: Subscription) -> None:
         """The subscription stands from now on; who comes back has not left."""
-        if self._away and (away := self._away.get(head_of(subscription))):
-            lease = away[-1]
-            self._forget_away(lease)
-            self._end(lease)
-            self.returned_total += 1
+        returned = bool(self._away) and self.returned(head_of(subscription))
         if self._triggers.has_leave:
+            if self._delay_s and not returned and len(self._peers):
+                self._peers.client_returned(head_of(subscription))
             self._lease(subscription)
+
+    def returned(self, head: bytes) -> bool:
+        """A subscription with this head stands, here or elsewhere; whether it was away here."""
+        if not (away := self._away.get(head)):
+            return False
+        lease = away[-1]
+        self._forget_away(lease)
+        self._end(lease)
+        self.returned_total += 1
+        return True
 
     def replaced(self, subscription: Subscription) -> None:
         """The subscription made room for another one with its id: nobody has left."""

@@ -8,21 +8,27 @@ import socket
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from ssl import SSLContext
+from typing import TYPE_CHECKING
 
 from broker import locks, logs, service
-from broker.config import Config
+from broker.config import Config, RedisAdapter
+from broker.errors import ConfigError
 from broker.http import MetricsServer
 from broker.messages import AddLeaveTrigger, Event, Left, Message
 from broker.metrics import Metrics, by_label
+from broker.names import Group
 from broker.report import GatewayReport, LinkReport
 from broker.service import Ready, Service
 from broker.tracing import Kind, Span, Tracing
 from broker.vitals import Vitals
+from gateway import peer_protocol
 from gateway.auth import Auth
 from gateway.broker_functions import BrokerFunctions
 from gateway.connection import PAUSED_BY_STOP
-from gateway.custom_streams import CustomStreams
+from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.fanout import FanOut
 from gateway.functions import Functions
 from gateway.hub import Hub
@@ -30,32 +36,48 @@ from gateway.introspection import Introspection
 from gateway.invocations import Executor, Invocations
 from gateway.leaves import Leaves
 from gateway.metrics import add_clients, add_links, add_ports, add_workers
-from gateway.shard_links import ShardLinks
+from gateway.peer_links import PeerLinks, broker_id
+from gateway.peer_protocol import Hello
+from gateway.peers import TRANSPORTS, Peers
+from gateway.remote_workers import Registry, owner_of
+from gateway.shard_links import Answered, ShardLinks
 from gateway.stream_calls import StreamCalls
 from gateway.stream_port import StreamPort
 from gateway.tls import context_of, renew
 from gateway.triggers import Triggers
-from gateway.worker_port import WorkerPort
+from gateway.worker_port import Worker, WorkerPort
 
-_STREAM_PORT_KEY = "modules[].config.port"
-_WORKER_PORT_KEY = "broker.worker.port"
+if TYPE_CHECKING:
+    from gateway.redis_peers import RedisPeers
+
 _READY_POLL_S = 0.01
 _READY_WAIT_S = 10.0
+_PEERS_WAIT_S = 3.0
 
 _log = logs.Log("gateway")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m gateway`; returns the exit code."""
-    parsed = service.options("gateway").parse_args(arguments)
-    return service.run("gateway", parsed, 0, serve)
+    parser = service.options("gateway")
+    parser.add_argument("--index", type=int, default=0, help="number of the gateway, from 0")
+    parsed = parser.parse_args(arguments)
+    return service.run("gateway", parsed, parsed.index, serve)
 
 
 class Gateway:
     """The parts, wired."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Config, index: int) -> None:
         limits, gateway_id = settings.limits, str(uuid.uuid4())
+        run_dir = Path(settings.run_dir)
+        self.peers = Peers(Hello(peer_protocol.VERSION, gateway_id, broker_id(run_dir), index))
+        self.peer_links = PeerLinks(
+            [service.gateway_socket(settings, number) for number in range(settings.gateways)],
+            index,
+            limits.link_queue_bytes_max,
+            self.peers,
+        )
         self.links = ShardLinks(
             [service.shard_socket(settings, shard) for shard in range(settings.shards)],
             gateway_id,
@@ -67,14 +89,17 @@ class Gateway:
             self.functions, limits.worker_calls_in_flight_max, limits.handler_timeout_s
         )
         self.triggers = Triggers(self.invocations, self._tell_shards, limits.trigger_timeout_s)
-        self.custom = CustomStreams(self.functions, self.invocations, self.links)
+        self.custom = CustomStreams(self.functions, self.invocations, self.links, owner_of)
         self.stream_calls = StreamCalls(self.links, self.custom, limits.name_bytes_max)
         self.hub = Hub()
         self.fanout = FanOut(self.hub)
         self.tracing: Tracing | None = None
         self._fanouts: list[Span] = []  # of the events of this piece
         self.auth = Auth(settings.stream.auth_function, self.invocations, limits)
-        self.leaves = Leaves(self.triggers, self.links, settings.stream_access.leave_delay_s)
+        self.leaves = Leaves(
+            self.triggers, self.links, self.peers, settings.stream_access.leave_delay_s
+        )
+        self.triggers.on_leave_trigger = self._leaves_wanted
         self.stream_port = StreamPort(
             limits,
             settings.stream_access,
@@ -87,7 +112,9 @@ class Gateway:
             not_ready=self.not_ready,
         )
         self.gateway_id = gateway_id
-        self.broker_functions = BrokerFunctions(self.stream_port, gateway_id)
+        self.broker_functions = BrokerFunctions(
+            self.stream_port, gateway_id, self.peers, settings.gateways
+        )
         self.worker_port = WorkerPort(
             limits,
             allowed_origins=settings.worker.allowed_origins,
@@ -97,7 +124,16 @@ class Gateway:
             triggers=self.triggers,
             stream_calls=self.stream_calls,
             broker_functions=self.broker_functions,
+            peers=self.peers,
         )
+        registry = Registry(
+            self.functions,
+            self.invocations,
+            self.triggers,
+            self.worker_port.infos,
+            self.worker_port.availability,
+        )
+        self.peers.serve(registry, self)
 
     def use(self, settings: Config) -> None:
         """Take over what `broker.service.reloaded` lets a running broker take over."""
@@ -160,9 +196,34 @@ class Gateway:
                 span.end()
             self._fanouts.clear()
 
+    # What peers ask for.
+
+    def local_worker(self, worker_id: str) -> Worker | None:
+        return self.worker_port.workers.get(worker_id)
+
+    def reattach(self, worker_id: str, token: str) -> None:
+        self.worker_port.reattach(worker_id, token)
+
+    def client_returned(self, head: bytes) -> None:
+        self.leaves.returned(head)
+
+    def operate(self, group: Group, call: StreamCall, answered: Answered) -> None:
+        self.custom.call_here(group, call, answered)
+
+    def read(
+        self, group: Group, item_id: str | None, answered: Answered, released: asyncio.Event
+    ) -> None:
+        self.custom.read_here(group, item_id, answered, released)
+
+    def ask(self, function_id: str, data: bytes, answered: Answered) -> None:
+        self.broker_functions.call_here(function_id, data, answered)
+
+    def _leaves_wanted(self) -> None:
+        self.leaves.lease_all(self.hub.all_subscriptions())
+
     def _tell_shards(self, message: Message) -> None:
         if isinstance(message, AddLeaveTrigger):  # first who is here: who came back has not left
-            self.leaves.lease_all(self.hub.all_subscriptions())
+            self._leaves_wanted()
         for link in self.links.links:
             link.tell(message)
 
@@ -173,45 +234,40 @@ async def serve(process: Service) -> None:
     Raises:
         ConfigError: a port can't be had.
     """
-    settings = process.config
+    settings, index = process.config, process.index
+    if index >= settings.gateways:
+        raise ConfigError("broker.gateways", f"is {settings.gateways}: there is no gateway {index}")
     lock = locks.take(
-        Path(settings.run_dir) / "gateway.lock",
+        Path(settings.run_dir) / (f"gateway-{index}.lock" if index else "gateway.lock"),
         "broker.run_dir",
         f"the run_dir {settings.run_dir}",
     )
     stream, worker, metrics_ports = settings.stream, settings.worker, settings.metrics
     stream_tls = context_of(settings.stream_access.tls, "broker.stream.tls")
     worker_tls = context_of(worker.tls, "broker.worker.tls")
-    stream_socket = service.listening_socket(stream.host, stream.port, _STREAM_PORT_KEY)
-    worker_socket = service.listening_socket(worker.host, worker.port, _WORKER_PORT_KEY)
+    stream_socket, worker_socket = _port_sockets(settings)
     metrics_socket = service.listening_socket(
-        metrics_ports.host, metrics_ports.port, "broker.metrics.port"
+        metrics_ports.host, service.gateway_metrics_port(settings, index), "broker.metrics.port"
     )
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, index)
     gateway.use_tracing(process.tracing)
+    peer_links = gateway.peer_links
+    await peer_links.start()
     registry = _metrics(process, gateway)
     introspection = _introspection(process, gateway, registry)
     metrics = MetricsServer(registry.registry, gateway.not_ready)
     metrics_port = await metrics.start(metrics_socket)
-    links = asyncio.create_task(gateway.links.run())
-    await _wait_ready(process, gateway)
+    redis_peers = _redis_peers(settings, gateway)
+    runs = [gateway.links.run(), peer_links.run(), *([redis_peers.run()] if redis_peers else [])]
+    background = [asyncio.create_task(run) for run in runs]
+    await _wait_ready(process, gateway, redis_peers)
     ports = (gateway.stream_port, gateway.worker_port)
     await gateway.worker_port.start(worker_socket, worker_tls)
     await gateway.stream_port.start(stream_socket, stream_tls)
     watchers = [asyncio.create_task(port.watch()) for port in ports]
     watchers.append(asyncio.create_task(introspection.tell_shards()))
 
-    def reload(settings: Config) -> None:
-        access = settings.stream_access
-        renew(
-            [
-                (stream_tls, access.tls, "broker.stream.tls"),
-                (worker_tls, settings.worker.tls, "broker.worker.tls"),
-            ]
-        )
-        gateway.use(settings)
-
-    process.on_reload = reload
+    process.on_reload = partial(_reload, gateway, stream_tls, worker_tls)
     if not process.stopping.is_set():
         process.ready(
             Ready(
@@ -222,6 +278,7 @@ async def serve(process: Service) -> None:
         )
         _log.info("gateway_started")
     await process.stopping.wait()
+    gateway.peers.stopping(clients_gone=False)
     for port in ports:
         port.stop_listening()
     metrics.close()
@@ -229,34 +286,99 @@ async def serve(process: Service) -> None:
         async with asyncio.timeout(settings.limits.stop_timeout_s / 2):
             while any(link.in_flight for link in gateway.links.links):
                 await asyncio.sleep(_READY_POLL_S)
-    for port in ports:
-        try:
-            async with asyncio.timeout(settings.limits.stop_timeout_s / 4):
-                if port is gateway.worker_port:
-                    await _tell_leaves(gateway)
-                await port.stop("the broker is stopping")
-        except TimeoutError:
-            for connection in list(port.connections):
-                connection.abort()
-    for task in (links, *watchers):
+    await _stop_ports(gateway, settings.limits.stop_timeout_s / 4)
+    for task in (*background, *watchers):
         task.cancel()
+    peer_links.close()
+    if redis_peers is not None:
+        await redis_peers.close()
     gateway.links.close()
     os.close(lock)
     _log.info("gateway_stopped")
 
 
-async def _wait_ready(process: Service, gateway: Gateway) -> None:
+def _reload(
+    gateway: Gateway,
+    stream_tls: SSLContext | None,
+    worker_tls: SSLContext | None,
+    settings: Config,
+) -> None:
+    renew(
+        [
+            (stream_tls, settings.stream_access.tls, "broker.stream.tls"),
+            (worker_tls, settings.worker.tls, "broker.worker.tls"),
+        ]
+    )
+    gateway.use(settings)
+
+
+def _redis_peers(settings: Config, gateway: Gateway) -> RedisPeers | None:
+    """Links to the gateways of other brokers, where there may be some."""
+    adapter = settings.adapter
+    if not isinstance(adapter, RedisAdapter):
+        return None
+    # Who has no Redis does without the memory that the library takes.
+    from gateway.redis_peers import RedisPeers  # noqa: PLC0415
+
+    redis_peers = RedisPeers(adapter.redis_url, gateway.peers, settings.limits.link_queue_bytes_max)
+    gateway.peers.is_blind = lambda: redis_peers.is_blind
+    gateway.triggers.wait_for(redis_peers.known())
+    return redis_peers
+
+
+async def _wait_ready(process: Service, gateway: Gateway, redis_peers: RedisPeers | None) -> None:
     """Wait until every shard answers, or the process is told to stop; not for ever: what the other
     shards own is served without one that is away, and `/readyz` tells."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_READY_WAIT_S):
             while not gateway.links.ready and not process.stopping.is_set():
                 await asyncio.sleep(_READY_POLL_S)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PEERS_WAIT_S):
+            while not (
+                process.stopping.is_set()
+                or (gateway.peer_links.complete and (redis_peers is None or redis_peers.settled))
+            ):
+                await asyncio.sleep(_READY_POLL_S)
+
+
+def _port_sockets(settings: Config) -> tuple[socket.socket, socket.socket]:
+    """Sockets that listen on the stream port and on the worker port.
+
+    Raises:
+        ConfigError: an address can't be had.
+    """
+    shared = settings.gateways > 1
+    found: list[socket.socket] = []
+    for port, key in (
+        (settings.stream, service.STREAM_PORT_KEY),
+        (settings.worker, service.WORKER_PORT_KEY),
+    ):
+        if shared and not port.port:
+            raise ConfigError(key, "holds 0, may hold a port that all gateways share")
+        found.append(service.listening_socket(port.host, port.port, key, shared=shared))
+    return found[0], found[1]
+
+
+async def _stop_ports(gateway: Gateway, timeout_s: float) -> None:
+    """Close all connections: clients', then, when workers were told who has left, theirs."""
+    for port in (gateway.stream_port, gateway.worker_port):
+        try:
+            async with asyncio.timeout(timeout_s):
+                if port is gateway.worker_port:
+                    await _tell_leaves(gateway)
+                await port.stop("the broker is stopping")
+        except TimeoutError:
+            for connection in list(port.connections):
+                connection.abort()
 
 
 async def _tell_leaves(gateway: Gateway) -> None:
     """All clients are gone: tell the workers, also those whose conditions have to be asked."""
     gateway.leaves.stop()
+    gateway.peers.stopping(clients_gone=True)
+    while not gateway.peers.clients_told:  # theirs may have to be told to our workers
+        await asyncio.sleep(_READY_POLL_S)
     for connection in gateway.worker_port.connections:
         connection.resume_reading(PAUSED_BY_STOP)
     while gateway.triggers.conditions_waiting:
@@ -463,6 +585,7 @@ def _metrics(process: Service, gateway: Gateway) -> Metrics:
         "Frames dropped with those backlogs.",
         lambda: stream.frames_dropped_total,
     )
+    _add_peers(metrics, gateway)
     metrics.gauges(
         "shard_up",
         "1 while the shard is linked.",
@@ -498,6 +621,43 @@ def _metrics(process: Service, gateway: Gateway) -> Metrics:
     add_workers(metrics, gateway.invocations, triggers)
     add_links(metrics, links)
     return metrics
+
+
+def _add_peers(metrics: Metrics, gateway: Gateway) -> None:
+    peers = gateway.peers
+    metrics.gauges(
+        "peers",
+        "Other gateways that are linked, by transport.",
+        lambda: [({"transport": name}, peers.count(name)) for name in TRANSPORTS],
+    )
+    metrics.counter(
+        "peer_links_made", "Times another gateway was linked.", lambda: peers.links_made_total
+    )
+    metrics.gauges(
+        "peer_queue_bytes",
+        "Bytes that other gateways have not taken yet, by transport.",
+        lambda: [({"transport": name}, peers.queue_bytes(name)) for name in TRANSPORTS],
+    )
+    metrics.counter(
+        "peer_calls_sent",
+        "Calls sent to workers of other gateways.",
+        lambda: peers.calls_sent_total,
+    )
+    metrics.counter(
+        "peer_calls_refused",
+        "Calls not sent to workers of other gateways, as too much waits for their gateway.",
+        lambda: peers.calls_refused_total,
+    )
+    metrics.counter(
+        "peer_calls_received",
+        "Calls of other gateways to workers here.",
+        lambda: peers.calls_received_total,
+    )
+    metrics.gauge(
+        "peer_calls_pending",
+        "Calls of other gateways that workers here have not answered.",
+        lambda: peers.calls_pending,
+    )
 
 
 def _auth(gateway: Gateway) -> dict[str, float]:

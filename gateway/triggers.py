@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from enum import Enum, auto
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from broker import logs
+from broker.clock import wall_clock_ms
 from broker.errors import InvalidRequest
 from broker.messages import (
     AddLeaveTrigger,
@@ -24,6 +26,7 @@ from broker.messages import (
     RemoveTrigger,
     Trace,
 )
+from broker.tasks import Tasks
 from broker.tracing import Kind, Span, Tracing
 from gateway.decoding import located
 from gateway.invocations import Executor, Invocations, Result
@@ -86,12 +89,26 @@ class JoinConfig(msgspec.Struct, frozen=True):
         )
 
 
+class Home(Enum):
+    """Where the worker is that registered a trigger, or provides a type."""
+
+    HERE = auto()
+    OWN_BROKER = auto()
+    """At another gateway of this broker, which has told our shards."""
+    OTHER_BROKER = auto()
+
+
 class Trigger:
     """One registration."""
 
-    def __init__(self, worker: Worker, message: RegisterTrigger) -> None:
+    def __init__(
+        self, worker: Worker, message: RegisterTrigger, at_ms: int, home: Home = Home.HERE
+    ) -> None:
         self.worker = worker
         self.message = message
+        self.at_ms = at_ms
+        self.home = home
+        self.guards_only = False  # its gateway does not answer; it may be asked all the same
         self.id = message.id
         self.type = message.trigger_type
         self.function_id = message.function_id
@@ -108,17 +125,26 @@ class Trigger:
         """Whether it waits for a worker that provides its type."""
         return self.type not in BUILTIN_TYPES and self.provider is None
 
+    @property
+    def likeness(self) -> str:
+        """The same for the same trigger of a worker that was started again, whose ids are new."""
+        return "\0".join((self.namespace, self.function_id, self.config.decode()))
+
 
 class TriggerType:
     """A type that a worker provides."""
 
-    def __init__(self, provider: Worker, definition: RegisterTriggerType) -> None:
+    def __init__(
+        self, provider: Worker, definition: RegisterTriggerType, at_ms: int, here: bool
+    ) -> None:
         self.provider = provider
         self.definition = definition
+        self.at_ms = at_ms
+        self.here = here  # whether the provider is connected to this gateway
 
 
 class Triggers:
-    """All triggers and trigger types of a gateway.
+    """All triggers and trigger types of a gateway, and those that its peers told of.
 
     Args:
         tell_shards: sends a message to every shard that is linked.
@@ -140,6 +166,11 @@ class Triggers:
         self._waiting: dict[tuple[str, str, str], deque[_Waiting]] = {}
         self.tracing: Tracing | None = None
         self.conditions_total = 0
+        self._known = asyncio.Event()
+        self._known.set()
+        self._tasks = Tasks()
+        self.on_leave_trigger: Callable[[], None] = _nothing
+        """Told when leaves are wanted by a worker of another gateway."""
         self.outcomes_total = {
             "fired": 0,
             "failed": 0,
@@ -150,9 +181,10 @@ class Triggers:
 
     # What workers do.
 
-    def register(self, worker: Worker, message: RegisterTrigger) -> None:
-        """Enter a trigger, in place of an earlier one with its id; an error is told to `worker`."""
-        trigger = Trigger(worker, message)
+    def register(self, worker: Worker, message: RegisterTrigger) -> Trigger | None:
+        """Enter a trigger, in place of an earlier one with its id; an error is told to `worker`,
+        and None returned."""
+        trigger = Trigger(worker, message, wall_clock_ms())
         try:
             if message.namespace is not None and not message.namespace.strip():
                 raise InvalidRequest("INVALID_NAMESPACE", "namespace is blank", "namespace")
@@ -163,18 +195,49 @@ class Triggers:
             worker.send(
                 trigger_registration_result(trigger.id, trigger.type, trigger.function_id, fields)
             )
+            return None
+        self._enter(trigger)
+        return trigger
+
+    def mirror(
+        self, worker: Worker, message: RegisterTrigger, *, at_ms: int, own_broker: bool
+    ) -> None:
+        """Enter a trigger of a worker of another gateway. Of two with one id, as of a worker that
+        connected anew to another gateway, the later one stays, here as there."""
+        home = Home.OWN_BROKER if own_broker else Home.OTHER_BROKER
+        trigger = Trigger(worker, message, at_ms, home)
+        earlier = self._triggers.get(trigger.id)
+        if earlier is not None and (earlier.at_ms, earlier.worker.worker_id) > (
+            at_ms,
+            worker.worker_id,
+        ):
             return
+        try:
+            trigger.parsed = _parse(trigger)
+        except InvalidRequest as error:
+            _log.error("trigger_unreadable", id=trigger.id, reason=error.message)
+            return
+        self._enter(trigger)
+
+    def _enter(self, trigger: Trigger) -> None:
         if (earlier := self._triggers.get(trigger.id)) is not None:
             self._remove(earlier, successor=trigger)
         self._triggers[trigger.id] = trigger
         self._by_type.setdefault(trigger.type, {})[trigger.id] = trigger
         if trigger.type == STREAM:
-            self._tell_shards(_to_shard(trigger))
+            if trigger.home is Home.HERE:
+                self._tell_shards(_to_shard(trigger))
         elif trigger.type == LEAVE:
+            if trigger.home is not Home.HERE:
+                self.on_leave_trigger()
             self.functions_changed()
+        elif trigger.type == JOIN:
+            for guard in self._of_type(JOIN):
+                if guard.guards_only and guard.likeness == trigger.likeness:
+                    self._remove(guard)  # it is back
         elif trigger.type not in BUILTIN_TYPES:
             if (kind := self._types.get(trigger.type)) is not None:
-                self._provide(trigger, kind.provider)
+                self._provide(trigger, kind)
             else:
                 _log.warning("trigger_parked", id=trigger.id, type=trigger.type)
 
@@ -184,14 +247,25 @@ class Triggers:
         if trigger is not None and trigger.worker is worker:
             self._remove(trigger)
 
-    def register_type(self, worker: Worker, definition: RegisterTriggerType) -> None:
-        """From now on `worker` provides the type."""
+    def register_type(
+        self, worker: Worker, definition: RegisterTriggerType, at_ms: int | None = None
+    ) -> TriggerType | None:
+        """From now on `worker` provides the type; `at_ms`: it is a worker of another gateway, and
+        registered it then. None is returned when it does not."""
         if definition.id in BUILTIN_TYPES:
             _log.warning("trigger_type_refused", id=definition.id, reason="it is built in")
-            return
-        self._types[definition.id] = TriggerType(worker, definition)
+            return None
+        here = at_ms is None
+        kind = TriggerType(worker, definition, wall_clock_ms() if at_ms is None else at_ms, here)
+        earlier = self._types.get(definition.id)
+        if not here and earlier is not None:
+            mine = (earlier.at_ms, earlier.provider.worker_id)
+            if mine > (kind.at_ms, worker.worker_id):
+                return None
+        self._types[definition.id] = kind
         for trigger in self._of_type(definition.id):
-            self._provide(trigger, worker)
+            self._provide(trigger, kind)
+        return kind
 
     def unregister_type(self, worker: Worker, type_id: str) -> None:
         """The worker provides the type no more; its triggers are parked."""
@@ -205,8 +279,10 @@ class Triggers:
     def functions_changed(self) -> None:
         """Leave triggers whose function is there can tell what a dead gateway left untold."""
         for trigger in self._of_type(LEAVE):
-            if not trigger.told and self._invocations.serves(
-                trigger.namespace, trigger.function_id
+            if (
+                not trigger.told
+                and trigger.home is not Home.OWN_BROKER
+                and self._invocations.serves(trigger.namespace, trigger.function_id)
             ):
                 trigger.told = True
                 self._tell_shards(_leave_to_shard(trigger))
@@ -221,12 +297,32 @@ class Triggers:
             trigger_registration_result(trigger.id, trigger.type, trigger.function_id, error)
         )
 
-    def remove_worker(self, worker: Worker) -> None:
-        """The worker left: its triggers go, then the types that it provided."""
+    def remove_worker(self, worker: Worker, *, keep_guards: bool = False) -> bool:
+        """The worker left: its triggers go, then the types that it provided. With `keep_guards` its
+        join triggers stay; returns whether there are some."""
+        kept = False
         for trigger in [t for t in self._triggers.values() if t.worker is worker]:
-            self._remove(trigger)
+            if keep_guards and trigger.type == JOIN:
+                kept = trigger.guards_only = True
+            else:
+                self._remove(trigger)
         for type_id in [i for i, kind in self._types.items() if kind.provider is worker]:
             self.unregister_type(worker, type_id)
+        return kept
+
+    def all(self) -> list[Trigger]:
+        """Every trigger, also one whose type nobody provides."""
+        return list(self._triggers.values())
+
+    def wait_for(self, known: Coroutine[Any, Any, None]) -> None:
+        """Before `known` ends, nobody joins: join triggers of others may not be known yet."""
+        self._known.clear()
+
+        async def wait() -> None:
+            await known
+            self._known.set()
+
+        self._tasks.start(wait())
 
     # What the listing functions show.
 
@@ -257,7 +353,7 @@ class Triggers:
     def messages_for_shard(self) -> list[AddTrigger | AddLeaveTrigger]:
         """All that a shard has to know, in order of registration."""
         return [
-            *(_to_shard(t) for t in self._of_type(STREAM)),
+            *(_to_shard(t) for t in self._of_type(STREAM) if t.home is Home.HERE),
             *(_leave_to_shard(t) for t in self._of_type(LEAVE) if t.told),
         ]
 
@@ -269,9 +365,10 @@ class Triggers:
                 self._fire(trigger, event.stream, event.group_id, event.payload, event.trace)
 
     def fire_engine(self, trigger_type: str, data: bytes) -> None:
-        """Invoke every trigger of an `engine::` type."""
+        """Invoke every trigger of an `engine::` type of our own workers."""
         for trigger in self._of_type(trigger_type):
-            self._invoke(trigger, data)
+            if trigger.home is Home.HERE:
+                self._invoke(trigger, data)
 
     def fire_leave(self, stream: str, group_id: str, payload: bytes) -> None:
         """Tell that a subscription ended; results are ignored."""
@@ -290,11 +387,12 @@ class Triggers:
         return LEAVE in self._by_type
 
     def has_join(self, stream: str, group_id: str) -> bool:
-        """Whether anybody has to be asked about a join."""
-        return bool(self._of_group(JOIN, stream, group_id))
+        """Whether anybody has to be asked about a join, or that is not known yet."""
+        return not self._known.is_set() or bool(self._of_group(JOIN, stream, group_id))
 
     async def may_join(self, stream: str, group_id: str, payload: bytes) -> bool:
         """Ask all join triggers, in order of registration; one refusal or failure refuses."""
+        await self._known.wait()
         allowed = True
         for trigger in self._of_group(JOIN, stream, group_id):
             allowed &= await self._asked(trigger, payload)
@@ -422,9 +520,10 @@ class Triggers:
     def _of_type(self, trigger_type: str) -> list[Trigger]:
         return list(self._by_type.get(trigger_type, {}).values())
 
-    def _provide(self, trigger: Trigger, provider: Worker) -> None:
-        trigger.provider = provider
-        provider.send(register_trigger(trigger.message))
+    def _provide(self, trigger: Trigger, kind: TriggerType) -> None:
+        trigger.provider = kind.provider
+        if kind.here:  # else its own gateway tells it
+            kind.provider.send(register_trigger(trigger.message))
 
     def _remove(self, trigger: Trigger, successor: Trigger | None = None) -> None:
         """Take a trigger out; whoever serves it learns of a `successor` of its type by that."""
@@ -436,11 +535,20 @@ class Triggers:
         if trigger.told:
             self._tell_shards(RemoveTrigger(trigger.id))
         if successor is not None and successor.type == trigger.type:
+            if trigger.type == STREAM and trigger.home is Home.HERE is not successor.home:
+                self._tell_shards(RemoveTrigger(trigger.id))
             return
         if trigger.type == STREAM:
-            self._tell_shards(RemoveTrigger(trigger.id))
+            if trigger.home is Home.HERE:
+                self._tell_shards(RemoveTrigger(trigger.id))
         elif trigger.provider is not None:
-            trigger.provider.send(unregister_trigger(trigger.id, trigger.type))
+            kind = self._types.get(trigger.type)
+            if kind is not None and kind.here and kind.provider is trigger.provider:
+                trigger.provider.send(unregister_trigger(trigger.id, trigger.type))
+
+
+def _nothing() -> None:
+    """Where nobody has to be told."""
 
 
 def _traced(span: Span, handled: Callable[[Result], None], result: Result) -> None:
@@ -487,8 +595,7 @@ def _to_shard(trigger: Trigger) -> AddTrigger:
 def _leave_to_shard(trigger: Trigger) -> AddLeaveTrigger:
     config = trigger.parsed
     assert isinstance(config, JoinConfig)
-    likeness = "\0".join((trigger.namespace, trigger.function_id, trigger.config.decode()))
-    return AddLeaveTrigger(trigger.id, likeness, config.stream_name, config.group_id)
+    return AddLeaveTrigger(trigger.id, trigger.likeness, config.stream_name, config.group_id)
 
 
 def _unauthorized(result: bytes | None) -> bytes | None:

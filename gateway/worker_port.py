@@ -19,6 +19,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request
 
 from broker import logs
+from broker.clock import wall_clock_ms
 from broker.config import Limits
 from broker.errors import BrokerError, InvalidRequest
 from broker.messages import Reply, Trace
@@ -30,6 +31,7 @@ from gateway.engine_functions import Availability, EngineFunctions, WorkerInfo
 from gateway.functions import BUILTINS, Functions
 from gateway.invocations import Executor, Invocations, Result
 from gateway.listener import Listener
+from gateway.peers import Peers
 from gateway.shard_links import Answer
 from gateway.stream_calls import StreamCalls
 from gateway.throttle import Throttle
@@ -60,6 +62,7 @@ class WorkerPort(Listener):
         triggers: Triggers,
         stream_calls: StreamCalls,
         broker_functions: BrokerFunctions,
+        peers: Peers,
     ) -> None:
         super().__init__(
             "worker",
@@ -75,12 +78,18 @@ class WorkerPort(Listener):
         self.triggers = triggers
         self.stream_calls = stream_calls
         self.broker_functions = broker_functions
+        self.peers = peers
         self.workers: dict[str, Worker] = {}
         self.infos: dict[str, WorkerInfo] = {}
         self.engine = EngineFunctions(functions, invocations, triggers, self.infos)
         self.availability = Availability(triggers, self.engine.all_functions)
         self.undecodable_total = 0
         self.messages_total = 0
+
+    def reattach(self, worker_id: str, token: str) -> None:
+        """Part with a worker's old connection, if the token is its."""
+        if (worker := self.workers.get(worker_id)) is not None:
+            worker.replaced(token)
 
     def request_received(self, connection: Connection, request: Request) -> None:
         path = request.path.partition("?")[0]
@@ -143,13 +152,17 @@ class Worker:
         self._port.infos[self.worker_id] = self.info
         self.send(wire.worker_registered(self.worker_id, self._token))
         self._port.availability.worker("worker_connected", self.worker_id)
+        self._port.peers.worker_is(self.info, "worker_connected")
         _log.info("worker_connected", id=self.worker_id, remote=self._connection.remote_address)
 
     # Sending.
 
-    def send_call(self, payload: bytes) -> bool:
+    def send_call(self, payload: bytes, invocation_id: str | None) -> bool:
         """Send a call; False when too much waits for the worker already."""
         return self._connection.send(text_frame(payload))
+
+    def forget(self, invocation_id: str) -> None:
+        """The answer is ignored when it comes."""
 
     def send(self, payload: bytes) -> None:
         """Send what must not be lost; a worker that leaves too much unread is cut off."""
@@ -194,14 +207,19 @@ class Worker:
             case wire.UnregisterFunction():
                 self._port.functions.unregister(self._namespace, self, message.id)
                 self._port.availability.functions_changed()
+                self._port.peers.registered(self, message)
             case wire.RegisterTriggerType():
-                self._port.triggers.register_type(self, message)
+                if (kind := self._port.triggers.register_type(self, message)) is not None:
+                    self._port.peers.type_registered(kind)
             case wire.UnregisterTriggerType():
                 self._port.triggers.unregister_type(self, message.id)
+                self._port.peers.registered(self, message)
             case wire.RegisterTrigger():
-                self._port.triggers.register(self, message)
+                if (trigger := self._port.triggers.register(self, message)) is not None:
+                    self._port.peers.trigger_registered(trigger)
             case wire.UnregisterTrigger():
                 self._port.triggers.unregister(self, message.id)
+                self._port.peers.registered(self, message)
             case wire.TriggerRegistrationResult():
                 fault = wire.present(message.error)
                 self._port.triggers.provider_answered(self, message.id, fault)
@@ -238,7 +256,9 @@ class Worker:
         if message.id in BUILTINS:
             owner_id = ""
         else:
-            owner = self._port.functions.register(self._namespace, self, message)
+            at_ms = wall_clock_ms()
+            owner = self._port.functions.register(self._namespace, self, message, at_ms=at_ms)
+            self._port.peers.registered(self, message, at_ms)
             self._port.availability.functions_changed()
             self._port.triggers.functions_changed()
             if owner is not None:
@@ -341,23 +361,24 @@ class Worker:
         self.info.update(data, _label)
         if isinstance(namespace, str) and namespace != self._namespace:
             self._port.functions.move_worker(self, self._namespace, namespace)
-            self._namespace = namespace
+            self._namespace = self.info.namespace = namespace
             self._port.triggers.functions_changed()
         self._port.availability.worker("worker_metadata_updated", self.worker_id)
+        self._port.peers.worker_is(self.info, "worker_metadata_updated")
         self._answer_result(call, b'{"success":true}')
 
     def _reattach(self, message: wire.Reattach) -> None:
-        previous = self._port.workers.get(message.previous_worker_id)
-        token = message.reattach_token
-        if (
-            previous is None
-            or previous is self
-            or token is None
-            or not hmac.compare_digest(previous._token.encode(), token.encode())
-        ):
+        previous, token = message.previous_worker_id, message.reattach_token
+        if token is None or previous == self.worker_id:
             return
-        previous._retire()
-        previous._connection.close(CloseCode.NORMAL_CLOSURE, "replaced by a new connection")
+        self._port.reattach(previous, token)
+        self._port.peers.reattach(previous, token)
+
+    def replaced(self, token: str) -> None:
+        """The worker has another connection now, if the token is the one that it was given."""
+        if hmac.compare_digest(self._token.encode(), token.encode()):
+            self._retire()
+            self._connection.close(CloseCode.NORMAL_CLOSURE, "replaced by a new connection")
 
     def _retire(self) -> None:
         """Take all that is the worker's out (section 2.5)."""
@@ -372,6 +393,7 @@ class Worker:
         port.triggers.remove_worker(self)
         port.availability.functions_changed()
         port.availability.worker("worker_disconnected", self.worker_id)
+        port.peers.worker_gone(self)
         _log.info("worker_disconnected", id=self.worker_id)
 
 

@@ -7,7 +7,7 @@ delay, in which clients may come back; after a longer one what nobody asked for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from broker.messages import AddLeaveTrigger, Lease, Left
@@ -25,15 +25,22 @@ class _Held:
 
 
 class _Estate:
-    """What a dead gateway left: leases by head, and by the triggers that are owed them."""
+    """What a dead gateway left: leases by head, and by the triggers that are owed them, which may
+    be those of other gateways."""
 
-    def __init__(self, held: _Held, due_at: float, dropped_at: float) -> None:
+    def __init__(
+        self,
+        held: _Held,
+        triggers: Mapping[str, AddLeaveTrigger],
+        due_at: float,
+        dropped_at: float,
+    ) -> None:
         self.due_at = due_at
         self.dropped_at = dropped_at
         self.returned: set[int] = set()
         self.by_head: dict[bytes, list[int]] = {}
         self.owed: list[tuple[AddLeaveTrigger, list[Lease]]] = []
-        for trigger in held.triggers.values():
+        for trigger in triggers.values():
             leases = [lease for lease in held.leases.values() if _matches(trigger, lease)]
             if leases:
                 self.owed.append((trigger, leases))
@@ -87,7 +94,8 @@ class Leases(Generic[G]):
         if held is None:
             return []
         due_at = now + self._delay_s
-        estate = _Estate(held, due_at, due_at + self._wait_s)
+        triggers = {i: t for one in (*self._held.values(), held) for i, t in one.triggers.items()}
+        estate = _Estate(held, triggers, due_at, due_at + self._wait_s)
         if not estate.owed:
             return []
         self._estates[held.gateway_id] = estate

@@ -101,7 +101,7 @@ async def serve(process: Service) -> None:
         sock=listener,
     )
     metrics = MetricsServer(registry.registry, requests.not_ready)
-    host, port = settings.metrics.host, settings.metrics.port and settings.metrics.port + 1 + index
+    host, port = settings.metrics.host, service.shard_metrics_port(settings, index)
     port = await metrics.start(service.listening_socket(host, port, "broker.metrics.port"))
     process.ready(Ready(metrics=f"http://{service.url_host(host)}:{port}/metrics"))
     surveying = None if survey is None else asyncio.create_task(survey.run())
@@ -233,6 +233,11 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
         "leaves_dropped",
         "Leaves of dead gateways whose trigger did not come back in time.",
         lambda: requests.leases.dropped_total,
+    )
+    metrics.counter(
+        "changes_lost",
+        "Changes of other brokers that could not be told any more, as Redis did not keep them.",
+        lambda: storage.changes_lost_total if isinstance(storage, RedisStorage) else 0,
     )
     metrics.gauge("links", "Gateways linked.", lambda: len(requests.links))
     metrics.gauge(

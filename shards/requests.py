@@ -134,7 +134,8 @@ class Requests:
         self._before[0] += link.received_bytes
         self._before[1] += link.sent_bytes
         self.overflows_total += link.overflowed
-        self.triggers.remove_all(link)
+        for stream in self.triggers.remove_all(link):
+            self._storage.interest_stream(stream, False)
         loop = asyncio.get_running_loop()
         for due_at in self.leases.gateway_lost(link, loop.time()):
             loop.call_at(due_at + _TIMER_SLACK_S, self._leaves_due)
@@ -184,19 +185,12 @@ class Requests:
                 self._check_ops(link, message)
             case messages.ApplyOps():
                 self._apply_ops(link, message)
-            case messages.AddTrigger():
-                self.triggers.add(link, message)
-            case messages.RemoveTrigger():
-                self.triggers.remove(link, message.trigger_id)
-                self.leases.remove_trigger(link, message.trigger_id)
+            case messages.AddTrigger() | messages.RemoveTrigger() | messages.AddLeaveTrigger():
+                self._keep_trigger(link, message)
             case messages.Lease():
                 self.leases.add(link, message, asyncio.get_running_loop().time())
             case messages.EndLease():
                 self.leases.end(link, message.lease_id)
-            case messages.AddLeaveTrigger():
-                now = asyncio.get_running_loop().time()
-                for left in self.leases.add_trigger(link, message, now):
-                    link.send(left)
             case messages.Heartbeat():
                 link.send(message)
             case messages.AskStatus() | messages.AskTop() | messages.GatewayTells():
@@ -209,6 +203,27 @@ class Requests:
                     link.send(Welcome(messages.VERSION, self._shard, self._shards))
                     if self._trouble is not None:
                         link.send(messages.StorageState(self._trouble))
+            case _:
+                assert_never(message)
+
+    def _keep_trigger(
+        self,
+        link: GatewayLink,
+        message: messages.AddTrigger | messages.RemoveTrigger | messages.AddLeaveTrigger,
+    ) -> None:
+        match message:
+            case messages.AddTrigger():
+                if (stream := self.triggers.add(link, message)) is not None:
+                    self._storage.interest_stream(stream, False)
+                self._storage.interest_stream(message.stream, True)
+            case messages.RemoveTrigger():
+                if (stream := self.triggers.remove(link, message.trigger_id)) is not None:
+                    self._storage.interest_stream(stream, False)
+                self.leases.remove_trigger(link, message.trigger_id)
+            case messages.AddLeaveTrigger():
+                now = asyncio.get_running_loop().time()
+                for left in self.leases.add_trigger(link, message, now):
+                    link.send(left)
             case _:
                 assert_never(message)
 

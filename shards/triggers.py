@@ -19,29 +19,33 @@ class Triggers(Generic[G]):
     def __len__(self) -> int:
         return len(self._streams)
 
-    def add(self, gateway: G, trigger: AddTrigger) -> None:
-        """Enter `trigger`, in place of the gateway's earlier one with the same id."""
-        self.remove(gateway, trigger.trigger_id)
+    def add(self, gateway: G, trigger: AddTrigger) -> str | None:
+        """Enter `trigger`, in place of the gateway's earlier one with the same id. Returns what
+        `remove` does of that one."""
+        left = self.remove(gateway, trigger.trigger_id)
         key = (gateway, trigger.trigger_id)
         self._by_stream.setdefault(trigger.stream, {})[key] = trigger
         self._streams[key] = trigger.stream
+        return left if left != trigger.stream else None
 
-    def remove(self, gateway: G, trigger_id: str) -> None:
-        """Take the trigger out; nothing if it is not there."""
+    def remove(self, gateway: G, trigger_id: str) -> str | None:
+        """Take the trigger out, if it is there. Returns its stream when that has no more."""
         key = (gateway, trigger_id)
         stream = self._streams.pop(key, None)
         if stream is None:
-            return
+            return None
         triggers = self._by_stream[stream]
         del triggers[key]
-        if not triggers:
-            del self._by_stream[stream]
+        if triggers:
+            return None
+        del self._by_stream[stream]
+        return stream
 
-    def remove_all(self, gateway: G) -> None:
-        """Take out all triggers of a gateway that is gone."""
-        for owner, trigger_id in list(self._streams):
-            if owner is gateway:
-                self.remove(gateway, trigger_id)
+    def remove_all(self, gateway: G) -> list[str]:
+        """Take out all triggers of a gateway that is gone. Returns the streams without more."""
+        found = [trigger_id for owner, trigger_id in self._streams if owner is gateway]
+        left = [self.remove(gateway, trigger_id) for trigger_id in found]
+        return [stream for stream in left if stream is not None]
 
     def matching(self, stream: str, group_id: str, item_id: str | None) -> dict[G, list[str]]:
         """Ids of the triggers that a change fires, by gateway, in order of registration."""

@@ -42,6 +42,9 @@ class Storage(Protocol):
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Tell what others change in a group, from what was last settled of it on; or not."""
 
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Tell what others change in any group of a stream that this shard owns; or not."""
+
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order."""
 

@@ -77,6 +77,9 @@ class MemoryStorage:
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Nothing to do: nobody else changes it."""
 
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Nobody else changes anything."""
+
     async def streams(self) -> list[str]:
         return list(self._streams)
 

@@ -21,6 +21,9 @@ from redis.exceptions import ResponseError
 from broker.clock import Clock
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_client import Command, RedisClient, Reply, Script
+from broker.redis_cluster import RedisCluster, client_of
+from broker.redis_slots import prepare
 from broker.routing import shard_of
 from broker.tasks import Tasks
 from shards.group import Change, Operation, new_epoch
@@ -28,10 +31,7 @@ from shards.history import HistoryLimits
 from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
-from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_cluster import RedisCluster
 from shards.storage.redis_foreign import Foreign
-from shards.storage.redis_pools import parsed, pool_of
 from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
@@ -84,22 +84,21 @@ class RedisStorage:
         told: Callable[[str | None], None] | None = None,
         foreign: Callable[[Foreign], None] | None = None,
     ) -> None:
-        redis_keys.prepare()
+        prepare()
         self._clock = clock
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
         self._told = told
-        place = parsed(url)
-        self._client: RedisClient | RedisCluster
-        if place.kind == "cluster":
-            self._client = RedisCluster(place, self._returned, self._troubled)
+        self._client = client_of(url, self._returned, self._troubled)
+        if isinstance(self._client, RedisCluster):
             # The original's engines, which know no clusters, don't listen; each node would.
             self._settings = self._settings._replace(serves_others=False)
-        else:
-            pool, address = pool_of(place), place.address
-            self._client = RedisClient(pool, address, self._returned, self._troubled)
         self._changes = RemoteChanges(
-            self._client, remote_changes or _nobody, foreign or _nobody_is_told
+            self._client,
+            remote_changes or _nobody,
+            foreign or _nobody_is_told,
+            clock,
+            lambda group: shard_of(group, shards) == shard,
         )
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
@@ -128,6 +127,15 @@ class RedisStorage:
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Tell of a group's changes that others make, from what was last settled of it; or not."""
         self._changes.interest(Group(stream, group_id), wanted)
+
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Tell of the changes that others make in groups of the stream that are this shard's."""
+        self._changes.interest_stream(stream, wanted)
+
+    @property
+    def changes_lost_total(self) -> int:
+        """Changes of others that could not be told, as they were not kept any more."""
+        return self._changes.lost_total
 
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order.
@@ -218,7 +226,7 @@ class RedisStorage:
             asked = turn.ask(now_ms)
             if not turn.steps:
                 continue
-            place = self._client.place(turn.keys)
+            place = self._client.place(turn.keys.slot)
             call = open_calls.get(place)
             if call is None or not call.takes(asked):
                 call = open_calls[place] = Call()

@@ -4,26 +4,33 @@ Redis tells every change on a channel of its group, our own ones too. What arriv
 is the next of its group. What is missing, after a lost message or connection, is read from the
 history. While an `execute` of our own is under way on a group, what arrives is held: its outcomes
 come between what came before and what came after.
+
+Of a stream that triggers want all groups are told, from the moment at which its channel is
+subscribed to. What comes first of a group is the first since then; for one that we change first, a
+ping of the connection brings what others changed before. After a lost connection the groups that
+were seen go on from where they were; of others what is newer than the subscription is told.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
 from broker import logs
+from broker.clock import Clock
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_client import RedisClient
+from broker.redis_cluster import RedisCluster
 from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
-from shards.storage.redis_client import RedisClient
-from shards.storage.redis_cluster import RedisCluster
 from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
 from shards.storage.redis_turn import change_of
 
@@ -42,8 +49,16 @@ PAGE = 100
 """Groups that are looked at in one pipeline."""
 FOREIGN_BYTES_MAX = 2**20
 """Of a message of another program; a larger one is skipped."""
+NEW_MAX = 1000
+"""Changes that are read of a group that was not seen, at most."""
 QUIET_S_MAX = 10.0
 """Seconds without a message after which the connection is asked for a sign of life."""
+TRACKED_MAX = 100_000
+"""Groups that are followed for triggers; the longest quiet ones are forgotten."""
+BARRIER_S_MAX = 1.0
+SKEW_MS_MAX = 2000
+"""That brokers' clocks may differ. It decides only what is new in a group that was not seen since
+its stream was subscribed to, after a lost connection."""
 AWAY_S = 0.1
 """Seconds before a lost connection is made again."""
 
@@ -55,25 +70,57 @@ _Position = tuple[str, int]
 class _Watched:
     """A group that is wanted: what was told of it, and what waits to be told."""
 
-    def __init__(self, position: _Position | None) -> None:
+    def __init__(self, position: _Position | None, is_wanted: bool = True) -> None:
         self.epoch, self.seq = position or ("", 0)
         self.is_known = position is not None
+        self.is_wanted = is_wanted  # for itself, not only because its stream is
+        self.is_doubtful = False  # whether changes may be missing before the first that comes
         self.busy = False
         self.held: dict[int, tuple[str, Change]] = {}
 
 
+class _Stream:
+    """A stream that triggers want."""
+
+    def __init__(self) -> None:
+        self.since_ms: int | None = None  # when its channel was first subscribed to
+        self.lost_ms = 0  # when the connection was lost last
+        self.is_subscribed = False
+        self.is_healing = False
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether changes may be missing of groups that were not seen yet."""
+        return self.since_ms is not None and (self.is_healing or not self.is_subscribed)
+
+
 class RemoteChanges:
-    """Subscribes to the groups that are wanted and calls `tell`."""
+    """Subscribes to the groups and streams that are wanted and calls `tell`.
+
+    Args:
+        owns: which groups of a stream are wanted.
+    """
 
     def __init__(
         self,
         client: RedisClient | RedisCluster,
         tell: RemoteChange,
         tell_foreign: Callable[[Foreign], None],
+        clock: Clock,
+        owns: Callable[[Group], bool],
     ) -> None:
         self._client = client
         self._tell = tell
         self._tell_foreign = tell_foreign
+        self._clock = clock
+        self._owns = owns
+        self._streams: dict[str, _Stream] = {}
+        self._stream_channels: dict[bytes, str] = {}
+        self._tracked: OrderedDict[Group, None] = OrderedDict()
+        self._forgotten_ms = 0
+        self._pongs: dict[bytes, asyncio.Future[None]] = {}
+        self._pings = 0
+        self.lost_total = 0
         self._watched: dict[Group, _Watched] = {}
         self._channels: dict[bytes, Group] = {}
         self._positions: OrderedDict[Group, _Position] = OrderedDict()
@@ -101,22 +148,74 @@ class RemoteChanges:
     def interest(self, group: Group, wanted: bool) -> None:
         """Tell the changes of `group` from its last known position on, or stop it."""
         channel = redis_keys.group_keys(group).channel
-        if wanted and group not in self._watched:
-            self._watched[group] = _Watched(self._positions.get(group))
-            self._channels[channel.encode()] = group
-        elif not wanted and self._watched.pop(group, None) is not None:
-            del self._channels[channel.encode()]
-        else:
+        if wanted == (channel.encode() in self._channels):
             return
+        watched = self._watched.get(group)
+        if wanted:
+            if watched is None:
+                self._watched[group] = _Watched(self._positions.get(group))
+            else:
+                watched.is_wanted = True
+                self._tracked.pop(group, None)
+            self._channels[channel.encode()] = group
+        else:
+            assert watched is not None, "as long as there is its channel"
+            watched.is_wanted = False
+            if group.stream in self._streams:
+                self._tracked[group] = None
+            else:
+                del self._watched[group]
+            del self._channels[channel.encode()]
+        self._wish(channel, wanted)
+
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Tell the changes of all groups of `stream` that are ours from now on, or stop it."""
+        if wanted == (stream in self._streams):
+            return
+        channel = redis_keys.stream_channel(stream)
+        if wanted:
+            self._streams[stream] = _Stream()
+            self._stream_channels[channel.encode()] = stream
+        else:
+            del self._streams[stream]
+            del self._stream_channels[channel.encode()]
+            for group in [group for group in self._tracked if group.stream == stream]:
+                del self._tracked[group]
+                del self._watched[group]
+        self._wish(channel, wanted)
+
+    def _wish(self, channel: str, wanted: bool) -> None:
         self._wishes[channel] = wanted
         self._send_soon()
+
+    def _find(self, group: Group) -> _Watched | None:
+        """The group, if it is wanted."""
+        watched = self._watched.get(group)
+        if watched is None and group.stream in self._streams and self._owns(group):
+            watched = self._watched[group] = _Watched(None, is_wanted=False)
+            self._tracked[group] = None
+            if len(self._tracked) > TRACKED_MAX:
+                self._forget_quiet()
+        elif watched is not None and not watched.is_wanted:
+            self._tracked.move_to_end(group)
+        return watched
+
+    def _forget_quiet(self) -> None:
+        group = next(iter(self._tracked))
+        watched = self._watched[group]
+        if watched.busy or watched.held:
+            self._tracked.move_to_end(group)
+        else:
+            del self._tracked[group]
+            del self._watched[group]
+            self._forgotten_ms = self._clock()
 
     # Around our own `execute` -----------------------------------------------------------------
 
     def begin(self, groups: Iterable[Group]) -> None:
         """An `execute` on `groups` is under way until `end`."""
         for group in groups:
-            if (watched := self._watched.get(group)) is not None:
+            if (watched := self._find(group)) is not None:
                 watched.busy = True
 
     async def catch_up(
@@ -135,8 +234,7 @@ class RemoteChanges:
             return
         own = numbers()
         if not watched.is_known or watched.epoch != epoch:
-            watched.is_known, watched.epoch = True, epoch
-            watched.seq = min(own, default=seq + 1) - 1
+            await self._find_position(group, watched, epoch, min(own, default=seq + 1))
         missing = [n for n in range(watched.seq + 1, seq + 1) if n not in own]
         if missing:
             found = {n: change for n, (of, change) in watched.held.items() if of == epoch}
@@ -146,6 +244,26 @@ class RemoteChanges:
                 if n in found:
                     self._tell(*group, found[n])
         watched.seq = max(watched.seq, seq)
+
+    async def _find_position(
+        self, group: Group, watched: _Watched, epoch: str, first_own: int
+    ) -> None:
+        """Up to where a group was told of which nothing was told yet."""
+        stream = self._streams.get(group.stream)
+        first = first_own
+        if (
+            stream is not None
+            and not watched.is_known
+            and (stream.is_in_doubt or watched.is_doubtful)
+        ):
+            with suppress(StorageError):
+                await self._find_new([group])
+            if watched.is_known and watched.epoch == epoch:
+                return
+        elif stream is not None and stream.is_subscribed:
+            await self._barrier()  # others' changes before ours
+            first = min([first_own, *(n for n, (of, _) in watched.held.items() if of == epoch)])
+        watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
 
     def end(self, groups: Iterable[Group]) -> None:
         """The `execute` on `groups` is settled."""
@@ -159,12 +277,18 @@ class RemoteChanges:
     # What arrives -----------------------------------------------------------------------------
 
     def _arrived(self, group: Group, epoch: str, change: Change) -> None:
-        watched = self._watched.get(group)
+        watched = self._find(group)
         if watched is None:
             return
         if watched.busy:
             self._hold(watched, epoch, change)
             return
+        if not watched.is_known and not watched.is_wanted:
+            watched.is_doubtful |= self._streams[group.stream].is_in_doubt
+            if watched.is_doubtful:
+                self._hold(watched, epoch, change)
+                self._heal_soon(group)
+                return
         if not watched.is_known or watched.epoch != epoch:
             watched.is_known, watched.epoch, watched.seq = True, epoch, change.seq - 1
         if change.seq == watched.seq + 1:
@@ -204,7 +328,12 @@ class RemoteChanges:
             if watched is None or isinstance(head, ResponseError) or head[0] is None:
                 continue
             epoch, seq = head[0].decode(), int(head[1])
-            if not watched.is_known:
+            stream = self._streams.get(group.stream)
+            if not watched.is_known and stream is not None and not watched.is_wanted:
+                await self._find_new([group])
+                if not watched.is_known:
+                    continue
+            elif not watched.is_known:
                 watched.is_known, watched.epoch, watched.seq = True, epoch, seq
                 continue
             since = watched.seq if watched.epoch == epoch else seq - 1
@@ -216,6 +345,7 @@ class RemoteChanges:
                 found |= {n: change for n, (of, change) in held.items() if of == epoch}
             for n in sorted(found):
                 if n > watched.seq + 1 and not watched.busy:  # no more kept: a gap, told as one
+                    self.lost_total += n - watched.seq - 1
                     watched.seq = n - 1
                 self._arrived(group, epoch, found[n])
 
@@ -233,6 +363,82 @@ class RemoteChanges:
                 return {change.seq: change for change in changes if change.seq > since}
             count *= 4  # others go on
 
+    # Streams after a lost connection ----------------------------------------------------------
+
+    async def _heal_stream(self, name: str, stream: _Stream) -> None:
+        """Tell what is missing of a stream's groups; of those that were not seen what is new."""
+        for group, watched in list(self._watched.items()):
+            if group.stream == name:
+                watched.is_doubtful = not watched.is_known
+                self._heal_soon(group)
+        while self._streams.get(name) is stream and not self._closed:
+            try:
+                (members,) = await self._client.run([("SMEMBERS", redis_keys.groups_key(name))])
+                texts = [] if isinstance(members, ResponseError) else members
+                names = [redis_keys.decoded(text.decode(errors="replace")) for text in texts]
+                groups = [Group(name, group_id) for group_id in names if group_id is not None]
+                unseen = [g for g in groups if g not in self._watched and self._owns(g)]
+                for start in range(0, len(unseen), PAGE):
+                    await self._find_new(unseen[start : start + PAGE])
+            except StorageError:
+                await asyncio.sleep(AWAY_S)
+            else:
+                break
+        stream.is_healing = False
+
+    async def _find_new(self, groups: Sequence[Group]) -> None:
+        """Of groups of streams that triggers want, and of which nothing was told: where what is
+        new begins. What is new is told afterwards.
+
+        Raises:
+            StorageError: Redis is away.
+        """
+        keys = [redis_keys.group_keys(group) for group in groups]
+        heads = await self._client.run([("HMGET", k.head, "epoch", "seq", "time") for k in keys])
+        for group, head in zip(groups, heads, strict=True):
+            stream = self._streams.get(group.stream)
+            if stream is None or stream.since_ms is None or isinstance(head, ResponseError):
+                continue
+            if head[0] is None:
+                continue
+            # Nothing came between the subscription and the loss: any moment between them will do.
+            between = (stream.lost_ms - stream.since_ms) // 2
+            since_ms = stream.since_ms + max(0, min(SKEW_MS_MAX, between))
+            since_ms = max(since_ms, self._forgotten_ms)
+            epoch, seq, time_ms = head[0].decode(), int(head[1]), int(head[2] or 0)
+            found = self._watched.get(group)
+            if time_ms <= since_ms and found is None:
+                continue
+            first = seq + 1
+            if time_ms > since_ms:
+                kept = await self._read(group, max(0, seq - NEW_MAX), seq)
+                first = min(
+                    (n for n, c in kept.items() if c.timestamp_ms > since_ms), default=first
+                )
+            watched = self._find(group)
+            if watched is None or watched.is_known:
+                continue
+            watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
+            if not watched.busy:
+                self._heal_soon(group)
+
+    async def _barrier(self) -> None:
+        """Return when all that Redis told before has arrived, or nobody can say."""
+        pubsub = self._pubsub
+        if pubsub is None:
+            return
+        self._pings += 1
+        name = b"%d" % self._pings
+        pong = self._pongs[name] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(BARRIER_S_MAX):
+                await pubsub.ping(name)
+                await pong
+        except (RedisError, OSError, TimeoutError):
+            return
+        finally:
+            del self._pongs[name]
+
     # The connection ---------------------------------------------------------------------------
 
     async def _listen(self) -> None:
@@ -246,7 +452,9 @@ class RemoteChanges:
             try:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
-                await pubsub.subscribe(redis_keys.STREAMS_KEY, *self._channels)
+                await pubsub.subscribe(
+                    redis_keys.STREAMS_KEY, *self._channels, *self._stream_channels
+                )
                 await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
                 self._send_soon()
@@ -255,6 +463,9 @@ class RemoteChanges:
                 _log.warning("redis_changes_lost", address=self._client.address, reason=error)
             finally:
                 self._pubsub = None
+                for stream in self._streams.values():
+                    if stream.is_subscribed:
+                        stream.is_subscribed, stream.lost_ms = False, self._clock()
                 await pubsub.aclose()
             await asyncio.sleep(AWAY_S)
 
@@ -272,12 +483,21 @@ class RemoteChanges:
                 await pubsub.ping()
 
     def _message(self, message: dict[str, Any]) -> None:
+        channel = message["channel"] or b""
         if message["type"] == "pmessage":
             foreign = foreign_of(message["data"], FOREIGN_BYTES_MAX)
             if foreign is not None and Group(foreign.stream, foreign.group_id) in self._watched:
                 self._tell_foreign(foreign)
             return
-        group = self._channels.get(message["channel"] or b"")
+        if message["type"] == "pong":
+            pong = self._pongs.get(message["data"])
+            if pong is not None and not pong.done():
+                pong.set_result(None)
+            return
+        if (name := self._stream_channels.get(channel)) is not None:
+            self._stream_message(name, message)
+            return
+        group = self._channels.get(channel)
         if group is None:
             return
         if message["type"] == "subscribe":  # what came before may be missing
@@ -285,6 +505,35 @@ class RemoteChanges:
         elif message["type"] == "message":
             try:
                 epoch, envelopes = message["data"].split(b" ", 1)
+                for envelope in envelopes.split(SEPARATOR):
+                    self._arrived(group, epoch.decode(), change_of(envelope))
+            except (ValueError, msgspec.DecodeError):
+                return  # not one of ours
+
+    def _stream_message(self, name: str, message: dict[str, Any]) -> None:
+        stream = self._streams[name]
+        if message["type"] == "subscribe":
+            stream.is_subscribed = True
+            if stream.since_ms is None:
+                stream.since_ms = self._clock()
+            elif not stream.is_healing:
+                stream.is_healing = True
+                self._tasks.start(self._heal_stream(name, stream))
+        elif message["type"] == "message":
+            try:
+                epoch, seq, group_id, envelopes = message["data"].split(b":", 3)
+                decoded = redis_keys.decoded(group_id.decode())
+                if decoded is None:
+                    return
+                group = Group(name, decoded)
+                watched = self._watched.get(group)
+                if (
+                    watched is not None
+                    and watched.is_known
+                    and watched.epoch == epoch.decode()
+                    and int(seq) <= watched.seq
+                ):
+                    return  # our own, mostly
                 for envelope in envelopes.split(SEPARATOR):
                     self._arrived(group, epoch.decode(), change_of(envelope))
             except (ValueError, msgspec.DecodeError):

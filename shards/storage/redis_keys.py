@@ -8,11 +8,11 @@ one script touches one slot of a Redis Cluster.
 from __future__ import annotations
 
 import re
-from binascii import crc_hqx
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from broker.names import Group
+from broker.redis_slots import slot_of, tag_of
 from shards.group import names_text
 
 DATA_PREFIX = "stream:"
@@ -25,7 +25,6 @@ STREAMS_KEY = "broker:streams"
 
 KEYS_CACHED = 16384
 """Groups whose keys are kept made, about 1 KiB each with names of usual length."""
-SLOTS = 16384
 _CANONICAL = re.compile(r"(?:[^%:]|%25|%3A)*")
 
 
@@ -84,46 +83,19 @@ def groups_key(stream: str) -> str:
     return f"broker:groups:{encoded(stream)}"
 
 
+def stream_channel(stream: str) -> str:
+    """Where the changes of all groups of a stream are told, for those with triggers on it."""
+    return f"broker:changes:{encoded(stream)}"
+
+
 @lru_cache(maxsize=KEYS_CACHED)
 def group_keys(group: Group) -> GroupKeys:
     """All keys of `group`, in one slot."""
     data = data_key(group)
-    number = slot(data)
-    tag = _tags()[number]
+    slot = slot_of(data)
+    tag = tag_of(slot)
     names = data.removeprefix(DATA_PREFIX)
     head, order, history, channel = (
         f"broker:{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history", "changes")
     )
-    return GroupKeys(data, head, order, history, channel, names_text(*group), number)
-
-
-def probe_key(number: int) -> str:
-    """A key in the slot `number`, which is written to see whether it can be."""
-    return f"broker:{{{_tags()[number]}}}:probe"
-
-
-def slot(key: str) -> int:
-    """The slot of `key` in a Redis Cluster: CRC16 of its first non-empty `{…}`, else of it all."""
-    hashed = key.encode()
-    start = hashed.find(b"{")
-    end = hashed.find(b"}", start + 1)
-    if start >= 0 and end > start + 1:
-        hashed = hashed[start + 1 : end]
-    return crc_hqx(hashed, 0) % SLOTS
-
-
-def prepare() -> None:
-    """Make the table of tags, which takes about 0.1 s, before it is needed."""
-    _tags()
-
-
-@cache
-def _tags() -> dict[int, str]:
-    """A short text of each slot."""
-    tags: dict[int, str] = {}
-    number = 0
-    while len(tags) < SLOTS:
-        text = f"{number:x}"
-        tags.setdefault(crc_hqx(text.encode(), 0) % SLOTS, text)
-        number += 1
-    return tags
+    return GroupKeys(data, head, order, history, channel, names_text(*group), slot)

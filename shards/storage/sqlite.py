@@ -219,6 +219,9 @@ class SqliteStorage:
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Nothing to do: nobody else changes it."""
 
+    def interest_stream(self, stream: str, wanted: bool) -> None:
+        """Nobody else changes anything."""
+
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
         for path in await self._in_thread(lambda: sorted(self.directory.glob("*.db"))):

@@ -15,7 +15,13 @@ from tests.support.broker import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
 SCRIPTS = [DEPLOY / "install.sh", DEPLOY / "uninstall.sh"]
-UNITS = {"broker.service", "broker-gateway.service", "broker-shard@.service", "broker.target"}
+UNITS = {
+    "broker.service",
+    "broker-gateway.service",
+    "broker-gateway@.service",
+    "broker-shard@.service",
+    "broker.target",
+}
 
 
 def script(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

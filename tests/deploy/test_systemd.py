@@ -6,9 +6,11 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,12 @@ from tests.deploy.units import NotifySocket, Target
 from tests.support.broker import IN_MEMORY, REPOSITORY, Broker
 
 UNITS = REPOSITORY / "deploy" / "systemd"
-SERVICES = ["broker.service", "broker-gateway.service", "broker-shard@.service"]
+SERVICES = [
+    "broker.service",
+    "broker-gateway.service",
+    "broker-gateway@.service",
+    "broker-shard@.service",
+]
 EXPOSURE_MAX = 20
 """Tenths of `systemd-analyze security`."""
 WATCHDOG = {"WATCHDOG_USEC": "200000"}
@@ -71,8 +78,10 @@ def analyze(folder: Path, *arguments: str) -> str:
 
 @needs_systemd
 def test_units_are_correct(installed: Path) -> None:
-    shutil.copy(installed / "broker-shard@.service", installed / "broker-shard@0.service")
-    units = ["broker.service", "broker-gateway.service", "broker-shard@0.service", "broker.target"]
+    units = ["broker.service", "broker-gateway.service", "broker.target"]
+    for template, number in (("broker-shard", 0), ("broker-gateway", 1)):
+        units.append(f"{template}@{number}.service")
+        shutil.copy(installed / f"{template}@.service", installed / units[-1])
     said = analyze(installed, "verify", "--man=no", *(f"./{unit}" for unit in units))
     assert not [line for line in said.splitlines() if "broker" in line], said
 
@@ -93,6 +102,15 @@ def test_units_wait_longer_than_the_broker_takes_to_stop(unit: str) -> None:
     assert settings["Type"] == "notify"
     assert int(settings["TimeoutStopSec"]) > 10
     assert settings["RestartPreventExitStatus"] == "2"
+
+
+def test_the_units_of_gateways_are_alike() -> None:
+    """But for the number."""
+    first, further = (
+        (UNITS / name).read_text().partition("[Unit]")[2]
+        for name in ("broker-gateway.service", "broker-gateway@.service")
+    )
+    assert further.replace(" --index %i", "").replace(", gateway %i", ", gateway") == first
 
 
 # What the processes tell.
@@ -141,6 +159,20 @@ def test_a_unit_tells_that_it_stops(name: str) -> None:
         unit.process.send_signal(signal.SIGTERM)
         assert unit.notify.wait_for("STOPPING") == {"STOPPING": "1"}
         assert unit.process.wait(60) == 0
+
+
+def test_units_of_two_gateways() -> None:
+    """They share the ports, and each stops and starts by itself."""
+    with Target(TARGET.replace("shards: 1", "shards: 1\n  gateways: 2")) as target:
+        target.further_gateway()
+        first, further = (f"http://127.0.0.1:{target.ports['metrics'] + n}/metrics" for n in (0, 2))
+        for url in (first, further):
+            with urllib.request.urlopen(url, timeout=10) as response:
+                assert b'broker_peers{transport="socket"} 1.0' in response.read()
+        assert target.gateway.stop() == 0
+        with socket.create_connection(("127.0.0.1", target.ports["stream"])):
+            pass
+        assert target.further.stop() == 0
 
 
 def test_the_supervisor_alone_speaks_for_the_broker() -> None:

@@ -112,7 +112,7 @@ class Target:
 
     def __init__(self, config: str, env: Mapping[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="b-", dir="/tmp"))  # short, for its sockets
-        self.ports = dict(zip(("stream", "worker", "metrics"), free_ports(4), strict=False))
+        self.ports = dict(zip(("stream", "worker", "metrics"), free_ports(5), strict=False))
         self.config_file = self.folder / "broker.yaml"
         self.configure(config)
         self._env = env or {}
@@ -127,6 +127,7 @@ class Target:
 
     shard: Unit
     gateway: Unit
+    further: Unit
 
     def configure(self, config: str) -> None:
         """Write another configuration."""
@@ -134,11 +135,14 @@ class Target:
             config = config.replace(f"{{{name}}}", str(value))
         self.config_file.write_text(config)
 
-    def _start(self, command: str, *more: str) -> Unit:
-        unit = Unit(
-            self.folder, command, command, "--config", str(self.config_file), *more, env=self._env
-        )
-        setattr(self, command, unit)
+    def further_gateway(self) -> Unit:
+        """Gateway 1, beside the first; the caller closes it."""
+        return self._start("gateway", "--index", "1", name="further")
+
+    def _start(self, command: str, *more: str, name: str | None = None) -> Unit:
+        options = (command, "--config", str(self.config_file), *more)
+        unit = Unit(self.folder, name or command, *options, env=self._env)
+        setattr(self, name or command, unit)
         try:
             unit.notify.wait_for("READY")
         except TimeoutError:
@@ -146,7 +150,7 @@ class Target:
         return unit
 
     def close(self) -> None:
-        for command in ("gateway", "shard"):
+        for command in ("further", "gateway", "shard"):
             if (unit := getattr(self, command, None)) is not None:
                 unit.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)

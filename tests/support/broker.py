@@ -30,7 +30,9 @@ workers:
 """
 """A configuration that keeps nothing on disk."""
 
-_READY = re.compile(r"^ready stream=(\S+) worker=(\S+) metrics=(\S+) shards=(\d+)$", re.MULTILINE)
+_READY = re.compile(
+    r"^ready stream=(\S+) worker=(\S+) metrics=(\S+) shards=(\d+)( gateways=\d+)?$", re.MULTILINE
+)
 _MARK = "BROKER_TEST_MARK"  # in the environment of every process of one broker
 _PORT_FIRST, _PORT_LAST = 10_000, 32_000  # below those that systems give to outgoing connections
 
@@ -57,7 +59,7 @@ class Broker:
 
     `config` is the text of a YAML file; None starts without one: KvStore, `file_based`, in
     `data_dir`. `args` come last on the command line; `{directory}` in `config` stands for the
-    broker's own temporary directory.
+    broker's own temporary directory. `gateways` is what it sets.
 
     Attributes: `stream_url`, `worker_url`, `metrics_url`, `shards`, `pid`, `directory`,
     `data_dir`.
@@ -76,12 +78,14 @@ class Broker:
         shards: int = 2,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        gateways: int = 1,
     ) -> None:
         # short: the path of a Unix socket has at most 108 bytes
         self.directory = Path(tempfile.mkdtemp(prefix="b-", dir="/tmp"))
         self.data_dir = self.directory / "data"
         self.log_file = self.directory / "log"
         self.shards = shards
+        self.gateways = gateways
         self.args = list(args)
         self.mark = str(uuid.uuid4())
         self.env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {}), _MARK: self.mark}
@@ -98,7 +102,7 @@ class Broker:
 
     def _start_on_free_ports(self) -> None:
         for attempt in range(5):
-            self.ports = free_ports(3 + self.shards)
+            self.ports = free_ports(2 + self.shards + self.gateways)
             try:
                 self.start()
             except StartFailed as failure:
@@ -208,7 +212,8 @@ class Broker:
         self.close()
 
     def children(self) -> dict[str, int]:
-        """The broker's processes but the supervisor: `gateway`, `shard-0`, … to their pids."""
+        """The broker's processes but the supervisor: `gateway` (or `gateway-0`, …), `shard-0`, … to
+        their pids."""
         found = {}
         for pid in self._pids():
             try:
@@ -216,10 +221,11 @@ class Broker:
             except OSError:
                 continue
             module = words[words.index("-m") + 1] if "-m" in words else ""
+            number = words[words.index("--index") + 1] if "--index" in words else None
             if module == "gateway":
-                found["gateway"] = pid
+                found["gateway" if number is None else f"gateway-{number}"] = pid
             elif module == "shards":
-                found[f"shard-{words[words.index('--index') + 1]}"] = pid
+                found[f"shard-{number}"] = pid
         return found
 
     def log_tail(self) -> str:

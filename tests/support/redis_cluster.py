@@ -40,8 +40,10 @@ class RedisClusterServers:
                 self.nodes.append(node)
             addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
             subprocess.run(
-                ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas"]
-                + [str(replicas), "--cluster-yes"],
+                [
+                    *("redis-cli", "--cluster", "create", *addresses),
+                    *("--cluster-replicas", str(replicas), "--cluster-yes"),
+                ],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )

@@ -21,6 +21,8 @@ WITHOUT_IO = [
     "broker/routing.py",
     "gateway/access.py",
     "gateway/hub.py",
+    "gateway/peer_protocol.py",
+    "gateway/peer_sessions.py",
     "gateway/stream_protocol.py",
     "gateway/worker_protocol.py",
     "shards/group.py",

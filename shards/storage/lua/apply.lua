@@ -169,7 +169,13 @@ end
 -- It is stored, whatever becomes of the message.
 local function tell_brokers()
     if #told > 0 then
-        redis.pcall(publish, channel, epoch .. ' ' .. table.concat(told, SEPARATOR))
+        local envelopes = table.concat(told, SEPARATOR)
+        redis.pcall(publish, channel, epoch .. ' ' .. envelopes)
+        -- For those with triggers on the stream. Names in a channel have no colon.
+        local prefix, stream, group = string.match(channel,
+            '^(.*)broker:{[^}]*}:changes:([^:]*):([^:]*)$')
+        redis.pcall('PUBLISH', prefix .. 'broker:changes:' .. stream,
+            epoch .. ':' .. text_of(seq) .. ':' .. group .. ':' .. envelopes)
         told, told_bytes = {}, 0
     end
 end

@@ -7,14 +7,13 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from broker.names import Group
+from broker.redis_slots import prepare, slot_of
 from shards.storage.redis_keys import (
     data_key,
     decoded,
     encoded,
     group_keys,
     group_of_data_key,
-    prepare,
-    slot,
 )
 
 prepare()  # takes longer than an example may
@@ -54,11 +53,11 @@ def test_data_lies_where_the_original_has_it() -> None:
 @given(names, names)
 def test_all_keys_of_a_group_are_in_one_slot(stream: str, group_id: str) -> None:
     keys = group_keys(Group(stream, group_id))
-    assert {key_slot(key.encode()) for key in keys[:5]} == {slot(keys.data)}
+    assert {key_slot(key.encode()) for key in keys[:5]} == {slot_of(keys.data)}
     assert len(set(keys[:5])) == 5
     assert not any(key.startswith("stream:") for key in keys[1:5])
 
 
 def test_slots_with_braces() -> None:
     for key in ("123456789", "a{b}c", "{x}", "}{", "a{}b", "a{b", "{{x}}", "é{ü}"):
-        assert slot(key) == key_slot(key.encode())
+        assert slot_of(key) == key_slot(key.encode())

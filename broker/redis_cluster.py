@@ -22,11 +22,11 @@ from redis.exceptions import (
 
 from broker import logs
 from broker.errors import StorageError
+from broker.redis_client import Command, RedisClient, Reply, Script
+from broker.redis_pools import node_pool, parsed, pool_of
+from broker.redis_slots import SLOTS, probe_key, slot_of
 from broker.redis_url import RedisUrl, shown_address
 from broker.tasks import Tasks
-from shards.storage import redis_keys
-from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_pools import node_pool
 
 REDIRECTIONS_MAX = 8
 """Times that a command follows slots that move."""
@@ -60,7 +60,7 @@ class RedisCluster:
         self._on_trouble = on_trouble
         self._nodes: dict[_Address, RedisClient] = {}
         self._masters: list[RedisClient] = []
-        self._slots: list[RedisClient | None] = [None] * redis_keys.SLOTS
+        self._slots: list[RedisClient | None] = [None] * SLOTS
         self._texts: dict[str, str] = {}  # of scripts, by their hash
         self._why: str | None = "was not reached yet"
         self._trouble: str | None = None
@@ -89,9 +89,9 @@ class RedisCluster:
         """Those that hold data."""
         return list(self._masters)
 
-    def place(self, keys: redis_keys.GroupKeys) -> int:
-        """The same for groups that one call of a script may touch."""
-        return keys.slot
+    def place(self, slot: int) -> int:
+        """The same for keys in slots that one call of a script may touch."""
+        return slot
 
     async def open(self) -> None:
         """Find the nodes; go on trying in the background."""
@@ -278,7 +278,7 @@ class RedisCluster:
 
     async def _take(self, ranges: list[Any], asked: RedisClient) -> None:
         """Note the answer of a node."""
-        slots: list[RedisClient | None] = [None] * redis_keys.SLOTS
+        slots: list[RedisClient | None] = [None] * SLOTS
         firsts: dict[RedisClient, int] = {}
         addresses = {node: address for address, node in self._nodes.items()}
         for start, end, (name, port, *_), *_ in ranges:
@@ -287,7 +287,7 @@ class RedisCluster:
             slots[start : end + 1] = [node] * (end + 1 - start)
             firsts.setdefault(node, start)
         for node, slot in firsts.items():
-            node.probe_key = redis_keys.probe_key(slot)
+            node.probe_key = probe_key(slot)
         missing = slots.count(None)
         self._why = f"has no node for {missing} slots" if missing else None
         has_moved = slots != self._slots
@@ -309,11 +309,31 @@ class RedisCluster:
             self._on_trouble()
 
 
+def client_of(
+    url: str, on_return: Callable[[], None], on_trouble: Callable[[], None]
+) -> RedisClient | RedisCluster:
+    """A client for what `url` names, not yet connected.
+
+    Raises:
+        ConfigError: the URL can't be used.
+    """
+    place = parsed(url)
+    if place.kind == "cluster":
+        return RedisCluster(place, on_return, on_trouble)
+    return RedisClient(pool_of(place), place.address, on_return, on_trouble)
+
+
 async def _each(node: RedisClient, commands: Sequence[Command]) -> list[Reply]:
     return await node.each(commands)
 
 
 def _slot(command: Command) -> int:
-    key = command[3] if command[0] == "EVALSHA" else command[1]
+    match command[0]:
+        case "EVALSHA":
+            key = command[3]
+        case "XREAD":
+            key = command[list(command).index("STREAMS") + 1]
+        case _:
+            key = command[1]
     assert isinstance(key, str), "keys are texts here"
-    return redis_keys.slot(key)
+    return slot_of(key)

@@ -28,9 +28,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from broker import logs
 from broker.errors import StorageError
+from broker.redis_pools import ANSWER_S_MAX
 from broker.tasks import Tasks
-from shards.storage import redis_keys
-from shards.storage.redis_pools import ANSWER_S_MAX
 
 PIPELINES_MAX = 8
 """Of one shard at the same time, each on a connection of its own; more wait."""
@@ -115,8 +114,8 @@ class RedisClient:
         """Those that hold data."""
         return [self]
 
-    def place(self, keys: redis_keys.GroupKeys) -> int:
-        """The same for groups that one call of a script may touch."""
+    def place(self, slot: int) -> int:
+        """The same for keys in slots that one call of a script may touch."""
         return 0
 
     async def open(self) -> None:
