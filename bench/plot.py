@@ -54,7 +54,7 @@ def _panel(title: str, members: list[tuple[str, dict[str, Any]]], y: int) -> Ite
     for power in range(low, high + 1):
         x = NAMES + BARS * (power - low) / (high - low)
         yield f'<path d="M{x:.1f} {y + GAP - 6}V{bottom}" stroke="#ddd"/>'
-        yield f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{10.0**power:,g}</text>'
+        yield f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{10.0**power:,.10g}</text>'
     for number, (name, row) in enumerate(members):
         top = y + GAP + ROW * number
         yield f'<text x="{NAMES - 8}" y="{top + 13}" text-anchor="end">{escape(name)}</text>'

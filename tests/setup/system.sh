@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the tests need. Does nothing, quickly, when all are there.
 #
-# redis-server, nginx, prometheus, chromium, systemd's tools and shellcheck always; Node, npm and
-# Python's venv only where they are missing.
+# redis-server, nginx, prometheus, chromium, systemd's tools and shellcheck always; Node, npm, a C
+# compiler and Python's venv only where they are missing.
 set -euo pipefail
 
 packages=()
@@ -14,6 +14,7 @@ command -v systemd-analyze >/dev/null || packages+=(systemd)
 command -v shellcheck >/dev/null || packages+=(shellcheck)
 command -v node >/dev/null || packages+=(nodejs)
 command -v npm >/dev/null || packages+=(npm)
+command -v cc >/dev/null || packages+=(gcc libc6-dev)  # bench/c
 # venv needs ensurepip, which Debian ships in a package of its own.
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
 
