@@ -23,14 +23,14 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def running(store: str, shards: int = 2) -> Iterator[Running]:
+def running(store: str, shards: int = 2, gateways: int = 1) -> Iterator[Running]:
     """`broker serve` on free ports; stopped, and its folder removed, at the end."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     config = folder / "broker.yaml"
     config.write_text(
         "modules:\n- class: modules::stream::StreamModule\n  config:\n    adapter:\n"
         "      class: modules::stream::adapters::KvStore\n"
-        f"      config: {{store_method: {store}}}\n"
+        f"      config: {{store_method: {store}}}\nbroker: {{gateways: {gateways}}}\n"
     )
     port, worker_port = free_port(), free_port()
     broker = subprocess.Popen(
@@ -64,6 +64,12 @@ def _roles(parent: int) -> dict[int, str]:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         found[int(pid)] = arguments[arguments.index(b"-m") + 1].decode()
     return found
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_kib(pid: int) -> float:
