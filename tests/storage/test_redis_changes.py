@@ -25,6 +25,7 @@ from tests.storage.test_storages import (
     send,
     update,
 )
+from tests.support.redis_cluster import RedisClusterServers
 from tests.support.redis_server import RedisServer
 
 PATIENCE_S = 10.0
@@ -68,7 +69,10 @@ class Member:
 
 @asynccontextmanager
 async def members(
-    server: RedisServer, count: int = 2, limits: HistoryLimits = LIMITS, *groups: str
+    server: RedisServer | RedisClusterServers,
+    count: int = 2,
+    *groups: str,
+    limits: HistoryLimits = LIMITS,
 ) -> AsyncIterator[list[Member]]:
     """Members that joined `g`, and the other groups."""
     found = [Member(server.url, limits) for _ in range(count)]
@@ -137,7 +141,7 @@ async def test_what_others_did_comes_before_what_came_after_it(redis_server: Red
 @asynchronous
 async def test_all_at_once(redis_server: RedisServer, seed: int) -> None:
     """No update is lost, and everyone hears everything in one order, once."""
-    async with members(redis_server, 3, LIMITS, "h") as all_members:
+    async with members(redis_server, 3, "h") as all_members:
         increments = 0
 
         async def write(member: Member, chance: random.Random) -> None:
@@ -188,7 +192,7 @@ async def test_a_lost_connection(redis_server: RedisServer) -> None:
 @asynchronous
 async def test_what_is_not_kept_any_more_is_left_out(redis_server: RedisServer) -> None:
     """The gap shows in the numbers."""
-    async with members(redis_server, 2, HistoryLimits(3, 60_000, 10**6, 10**6)) as (one, other):
+    async with members(redis_server, limits=HistoryLimits(3, 60_000, 10**6, 10**6)) as (one, other):
         await one.perform(put("a", 0))
         await other.until(lambda: other.seqs() == [1])
         other.storage.interest("s", "g", False)
@@ -201,7 +205,7 @@ async def test_what_is_not_kept_any_more_is_left_out(redis_server: RedisServer) 
 
 @asynchronous
 async def test_without_history(redis_server: RedisServer) -> None:
-    async with members(redis_server, 2, HistoryLimits(0, 60_000, 10**6, 10**6)) as (one, other):
+    async with members(redis_server, limits=HistoryLimits(0, 60_000, 10**6, 10**6)) as (one, other):
         await one.perform(put("a", 1))
         await one.perform(put("a", 2), put("a", 3))
         await other.until(lambda: bool(other.seqs()) and other.seqs()[-1] == 3)
