@@ -9,10 +9,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import redis
 
+from broker import messages
 from broker.clock import wall_clock_ms
-from shards.group import Change, Done, Kind, Operation
+from broker.names import Group
+from shards.group import Change, Done, Kind, Operation, Snapshot
 from shards.history import HistoryLimits
+from shards.storage import redis_keys
 from shards.storage.base import Settled
 from shards.storage.redis import RedisStorage
 from tests.storage.test_storages import (
@@ -222,3 +226,33 @@ async def test_a_numbering_that_was_lost(redis_server: RedisServer) -> None:
         await other.until(lambda: other.seqs() == [1, 2, 1, 2])
         await other.perform(put("b", 5))
         assert other.seqs() == [1, 2, 1, 2, 3]
+
+
+@asynchronous
+async def test_changes_that_were_told_and_lost(redis_server: RedisServer) -> None:
+    """As after a failover to a replica that lacked them: no number is told twice, whoever goes on,
+    and the numbering is another one, so that nobody resumes from what is not there."""
+    async with members(redis_server) as (one, other):
+        await one.perform(put("a", 1), put("a", 2))
+        keys = redis_server.client.keys("*")
+        raw = redis.Redis(port=redis_server.port)
+        kept = {key: raw.dump(key) for key in keys}
+        await one.perform(put("a", 3), put("a", 4), put("b", 1))
+        await other.until(lambda: other.seqs() == [1, 2, 3, 4, 5])
+        epoch = redis_server.client.hget(head_key(), "epoch")
+        for key, text in kept.items():
+            raw.restore(key, 0, text, replace=True)
+        raw.close()
+        await other.perform(get("a"), put("c", 1))
+        await one.until(lambda: one.seqs()[-1] == 7)
+        assert one.seqs() == other.seqs() == [1, 2, 3, 4, 5, 7]
+        assert redis_server.client.hget(head_key(), "epoch") != epoch
+        await one.perform(put("a", 5))
+        await other.until(lambda: other.seqs()[-1] == 8)
+        ((outcome, _),) = await one.perform(messages.Join(0, "s", "g", None, None, 5, epoch))
+        assert isinstance(outcome, Snapshot)
+        assert outcome.data == b"[5,1]"
+
+
+def head_key() -> str:
+    return redis_keys.group_keys(Group("s", "g")).head
