@@ -29,9 +29,8 @@ from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_cluster import RedisCluster
+from shards.storage.redis_cluster import RedisCluster, client_of
 from shards.storage.redis_foreign import Foreign
-from shards.storage.redis_pools import parsed, pool_of
 from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
@@ -89,15 +88,10 @@ class RedisStorage:
         self._shard, self._shards = shard, shards
         self._settings = Settings(history_limits, response_bytes_max)
         self._told = told
-        place = parsed(url)
-        self._client: RedisClient | RedisCluster
-        if place.kind == "cluster":
-            self._client = RedisCluster(place, self._returned, self._troubled)
+        self._client = client_of(url, self._returned, self._troubled)
+        if isinstance(self._client, RedisCluster):
             # The original's engines, which know no clusters, don't listen; each node would.
             self._settings = self._settings._replace(serves_others=False)
-        else:
-            pool, address = pool_of(place), place.address
-            self._client = RedisClient(pool, address, self._returned, self._troubled)
         self._changes = RemoteChanges(
             self._client, remote_changes or _nobody, foreign or _nobody_is_told
         )

@@ -76,6 +76,7 @@ class RedisClient:
     Args:
         on_return: called when Redis can be reached: at first, and each time after it was lost.
         on_trouble: called when `trouble` changed.
+        is_copying: also use a Redis that holds a copy which is not finished.
     """
 
     def __init__(
@@ -84,8 +85,11 @@ class RedisClient:
         address: str,
         on_return: Callable[[], None],
         on_trouble: Callable[[], None],
+        *,
+        is_copying: bool = False,
     ) -> None:
         self.address = address
+        self._is_copying = is_copying
         self.probe_key = "broker:probe"
         self._on_return = on_return
         self._on_trouble = on_trouble
@@ -265,7 +269,11 @@ class RedisClient:
     async def _probe(self) -> None:
         """Find out whether Redis can be written to."""
         async with asyncio.timeout(ANSWER_S_MAX):
-            (reply,) = await self._exchange([("SET", self.probe_key, "", "PX", 1)])
+            reply, is_unfinished = await self._exchange(
+                [("SET", self.probe_key, "", "PX", 1), ("EXISTS", redis_keys.COPYING_KEY)]
+            )
+        if is_unfinished == 1 and not self._is_copying:
+            raise RedisError("it holds a copy that is not finished; run broker copy again")
         before, self._refusing = self._refusing, None
         # A slot that moves is no trouble: who has it then is asked.
         if isinstance(reply, ResponseError) and not isinstance(reply, AskError):

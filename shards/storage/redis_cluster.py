@@ -26,7 +26,7 @@ from broker.redis_url import RedisUrl, shown_address
 from broker.tasks import Tasks
 from shards.storage import redis_keys
 from shards.storage.redis_client import Command, RedisClient, Reply, Script
-from shards.storage.redis_pools import node_pool
+from shards.storage.redis_pools import node_pool, parsed, pool_of
 
 REDIRECTIONS_MAX = 8
 """Times that a command follows slots that move."""
@@ -52,10 +52,16 @@ class RedisCluster:
     """
 
     def __init__(
-        self, url: RedisUrl, on_return: Callable[[], None], on_trouble: Callable[[], None]
+        self,
+        url: RedisUrl,
+        on_return: Callable[[], None],
+        on_trouble: Callable[[], None],
+        *,
+        is_copying: bool = False,
     ) -> None:
         self.address = url.address
         self._url = url
+        self._is_copying = is_copying
         self._on_return = on_return
         self._on_trouble = on_trouble
         self._nodes: dict[_Address, RedisClient] = {}
@@ -234,6 +240,7 @@ class RedisCluster:
                 shown_address(*address),
                 self._on_return,
                 self._node_troubled,
+                is_copying=self._is_copying,
             )
             await node.open()
         return node
@@ -307,6 +314,25 @@ class RedisCluster:
         if trouble != self._trouble:
             self._trouble = trouble
             self._on_trouble()
+
+
+def client_of(
+    url: str,
+    on_return: Callable[[], None],
+    on_trouble: Callable[[], None],
+    *,
+    is_copying: bool = False,
+) -> RedisClient | RedisCluster:
+    """The client of what `url` names; `is_copying` for the command that fills it.
+
+    Raises:
+        ConfigError: nothing can be made of the URL.
+    """
+    place = parsed(url)
+    if place.kind == "cluster":
+        return RedisCluster(place, on_return, on_trouble, is_copying=is_copying)
+    pool, address = pool_of(place), place.address
+    return RedisClient(pool, address, on_return, on_trouble, is_copying=is_copying)
 
 
 async def _each(node: RedisClient, commands: Sequence[Command]) -> list[Reply]:
