@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _become("shards", options, ["--index", str(options.index)])
             case "reshard":
                 return _on_folder("reshard", options, ["--shards", str(options.shards)])
+            case "copy":
+                return _copy(options)
             case "backup" | "restore":
                 return _on_folder("backup", options, [options.directory], options.command)
             case "completion":
@@ -110,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     reshard.add_argument("--shards", type=int, required=True, metavar="N")
     for command in (backup, restore):
         command.add_argument("directory", metavar="DIR", help="folder of the backup")
+    copy = found.add_parser("copy", help="copy all data to another storage, offline")
+    for flag, about in (("--from", "whose data is copied"), ("--to", "where it is copied to")):
+        config_help = f"configuration {about}"
+        copy.add_argument(flag, dest=flag[2:], metavar="FILE", required=True, help=config_help)
+    replace = "put it in place of what is there"
+    copy.add_argument("--replace", action="store_true", help=replace)
     _add_calls(found)
     shells = found.add_parser("completion", help="print a script that completes commands")
     shells.add_argument("shell", choices=_SHELLS)
@@ -233,6 +241,13 @@ def _on_folder(module: str, options: argparse.Namespace, more: list[str], *first
         for word in (flag, value)
     ]
     os.execv(sys.executable, [sys.executable, "-m", f"shards.{module}", *first, *given, *more])
+
+
+def _copy(options: argparse.Namespace) -> int:
+    """Run `broker copy`, in place of this process."""
+    words = ["--from", getattr(options, "from"), "--to", options.to]
+    words += ["--replace"] if options.replace else []
+    os.execv(sys.executable, [sys.executable, "-m", "shards.copy", *words])
 
 
 def _log_options(options: argparse.Namespace) -> list[str]:

@@ -37,6 +37,8 @@ RETRY_S_MIN, RETRY_S_MAX = 0.05, 1.0
 """Seconds between attempts to reach Redis again: doubled from the least to the most."""
 CHECK_S = 1.0
 """Seconds between looks whether Redis can be written to."""
+COPYING_KEY = "broker:copying"
+"""There while a copy into this Redis is not finished: nobody serves from it."""
 TROUBLE_LENGTH_MAX = 300
 """Characters of what is told of trouble."""
 
@@ -75,6 +77,7 @@ class RedisClient:
     Args:
         on_return: called when Redis can be reached: at first, and each time after it was lost.
         on_trouble: called when `trouble` changed.
+        is_copying: also use a Redis that holds a copy which is not finished.
     """
 
     def __init__(
@@ -83,8 +86,11 @@ class RedisClient:
         address: str,
         on_return: Callable[[], None],
         on_trouble: Callable[[], None],
+        *,
+        is_copying: bool = False,
     ) -> None:
         self.address = address
+        self._is_copying = is_copying
         self.probe_key = "broker:probe"
         self._on_return = on_return
         self._on_trouble = on_trouble
@@ -264,7 +270,11 @@ class RedisClient:
     async def _probe(self) -> None:
         """Find out whether Redis can be written to."""
         async with asyncio.timeout(ANSWER_S_MAX):
-            (reply,) = await self._exchange([("SET", self.probe_key, "", "PX", 1)])
+            reply, is_unfinished = await self._exchange(
+                [("SET", self.probe_key, "", "PX", 1), ("EXISTS", COPYING_KEY)]
+            )
+        if is_unfinished == 1 and not self._is_copying:
+            raise RedisError("it holds a copy that is not finished; run broker copy again")
         before, self._refusing = self._refusing, None
         # A slot that moves is no trouble: who has it then is asked.
         if isinstance(reply, ResponseError) and not isinstance(reply, AskError):

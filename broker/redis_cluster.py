@@ -52,10 +52,16 @@ class RedisCluster:
     """
 
     def __init__(
-        self, url: RedisUrl, on_return: Callable[[], None], on_trouble: Callable[[], None]
+        self,
+        url: RedisUrl,
+        on_return: Callable[[], None],
+        on_trouble: Callable[[], None],
+        *,
+        is_copying: bool = False,
     ) -> None:
         self.address = url.address
         self._url = url
+        self._is_copying = is_copying
         self._on_return = on_return
         self._on_trouble = on_trouble
         self._nodes: dict[_Address, RedisClient] = {}
@@ -234,6 +240,7 @@ class RedisCluster:
                 shown_address(*address),
                 self._on_return,
                 self._node_troubled,
+                is_copying=self._is_copying,
             )
             await node.open()
         return node
@@ -310,17 +317,22 @@ class RedisCluster:
 
 
 def client_of(
-    url: str, on_return: Callable[[], None], on_trouble: Callable[[], None]
+    url: str,
+    on_return: Callable[[], None],
+    on_trouble: Callable[[], None],
+    *,
+    is_copying: bool = False,
 ) -> RedisClient | RedisCluster:
-    """A client for what `url` names, not yet connected.
+    """The client of what `url` names; `is_copying` for the command that fills it.
 
     Raises:
-        ConfigError: the URL can't be used.
+        ConfigError: nothing can be made of the URL.
     """
     place = parsed(url)
     if place.kind == "cluster":
-        return RedisCluster(place, on_return, on_trouble)
-    return RedisClient(pool_of(place), place.address, on_return, on_trouble)
+        return RedisCluster(place, on_return, on_trouble, is_copying=is_copying)
+    pool, address = pool_of(place), place.address
+    return RedisClient(pool, address, on_return, on_trouble, is_copying=is_copying)
 
 
 async def _each(node: RedisClient, commands: Sequence[Command]) -> list[Reply]:

@@ -105,7 +105,6 @@ def _copy_file(source: Path, target: Path, contents: Contents) -> None:
         raise StorageError("storage_corrupt", f"{source} is no stream file")
     file = StreamFile(target, stream)
     try:
-        file.flush()
         contents_of(file, stream, contents)
     finally:
         file.close()

@@ -88,7 +88,6 @@ def _move(source: Path, work: Path, shards: int, contents: Contents) -> None:
     old = StreamFile(source, stream)
     targets: dict[int, StreamFile] = {}
     try:
-        old.flush()
         contents_of(old, stream, contents)
         for row in old.all_group_rows():
             shard = shard_of(Group(stream, row.group_id), shards)

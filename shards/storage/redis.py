@@ -164,6 +164,7 @@ class RedisStorage:
             turn = turns.get(operation.group_id)
             if turn is None:
                 turn = Turn(Group(stream, operation.group_id), self._settings)
+                turn.known = self._changes.known(turn.key)
                 turns[operation.group_id] = turn
             turn.add(index, operation)
         groups = [turn.key for turn in turns.values()]

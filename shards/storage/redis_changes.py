@@ -218,6 +218,13 @@ class RemoteChanges:
             if (watched := self._find(group)) is not None:
                 watched.busy = True
 
+    def known(self, group: Group) -> tuple[str, int]:
+        """An epoch and the last number in it that was told or settled; "" and 0: none is known."""
+        watched = self._watched.get(group)
+        if watched is not None and watched.is_known:
+            return watched.epoch, watched.seq
+        return self._positions.get(group, ("", 0))
+
     async def catch_up(
         self, group: Group, epoch: str, seq: int, numbers: Callable[[], set[int]]
     ) -> None:

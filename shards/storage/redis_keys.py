@@ -20,6 +20,8 @@ DATA_PATTERN = "stream:*"
 """Matches the keys of all groups' items, whatever their names are."""
 EVENTS_CHANNEL = "stream::events"
 """Where the original engines tell, and are told of, every change."""
+HEAD_PATTERN = "broker:{*}:head:*"
+"""Matches the keys of all groups' heads."""
 STREAMS_KEY = "broker:streams"
 """A set: encoded names of streams that may have groups."""
 
@@ -76,6 +78,12 @@ def group_of_data_key(key: bytes) -> Group | None:
         return None
     stream, group_id = decoded(names[0]), decoded(names[1])
     return None if stream is None or group_id is None else Group(stream, group_id)
+
+
+def group_of_head_key(key: bytes) -> Group | None:
+    """The group of a head; None for keys that are none."""
+    _, is_one, names = key.partition(b"}:head:")
+    return group_of_data_key(DATA_PREFIX.encode() + names) if is_one else None
 
 
 def groups_key(stream: str) -> str:

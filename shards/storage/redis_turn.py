@@ -187,6 +187,7 @@ class Turn:
     Attributes:
         waiting: with their places in the `execute`.
         settled: what came of those that are done, by place.
+        known: an epoch and the last number in it that was told; the caller sets it.
         current: the texts of items that updates start from; the caller reads them before.
         steps: what the call that was made last asks.
         puts: whether these may begin the group.
@@ -200,6 +201,7 @@ class Turn:
         self.group = GroupState(group.stream, group.group_id, Head(""), self.keys.names)
         self.waiting: deque[tuple[int, Operation]] = deque()
         self.settled: dict[int, Settled] = {}
+        self.known = ("", 0)
         self.current: dict[str, bytes | None] = {}
         self.steps: list[_Step] = []
         self.puts = False
@@ -255,7 +257,7 @@ class Turn:
         for item_id, expected in checks[: self._checks]:
             asked[:0] = ("check", item_id, expected)
         keys, operations = self.keys, self._checks + len(self.steps)
-        arguments = [keys.names, keys.channel, operations, len(asked), *asked]
+        arguments = [keys.names, keys.channel, *self.known, operations, len(asked), *asked]
         return Asked(arguments, len(self.steps), size, whole_reads)
 
     def take(self, answer: Answer, refused: Callable[[str], StorageError]) -> bool:

@@ -187,7 +187,8 @@ class StreamFile:
         return rows
 
     def all_group_rows(self) -> list[GroupRow]:
-        """The rows of all groups, also of those without items; of a file that was flushed."""
+        """The rows of all groups, also of those without items; the file is flushed for it."""
+        self.flush()
         try:
             cursor = self._connection.execute(
                 "SELECT id, group_id, epoch, seq, timestamp_ms, items, bytes FROM groups"
@@ -234,8 +235,42 @@ class StreamFile:
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
+    def add_group(self, group_id: str, epoch: str, seq: int, timestamp_ms: int) -> int:
+        """Make a group for `add_items` and `end_group`; its row. `finish_copy` ends it all."""
+        execute = self._connection.execute
+        try:
+            if not self._connection.in_transaction:
+                execute("BEGIN IMMEDIATE")
+            key, self.next_row = self.next_row, self.next_row + 1
+            values = (key, group_id, epoch, seq, timestamp_ms, 0, 0)
+            execute("INSERT INTO groups VALUES (?,?,?,?,?,?,?)", values)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        return key
+
+    def add_items(self, row: int, items: Sequence[tuple[str, bytes]]) -> None:
+        """Put items behind those of a group that is being made."""
+        try:
+            self._connection.executemany(
+                "INSERT INTO items (group_key, item_id, value) VALUES (?,?,CAST(? AS TEXT))",
+                [(row, item_id, value) for item_id, value in items],
+            )
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def end_group(self, row: int) -> None:
+        """Note how much a group that was made has."""
+        size = "SELECT count(*), ifnull(sum(length(CAST(value AS BLOB)) + 1), 0) FROM items"
+        try:
+            self._connection.execute(
+                f"UPDATE groups SET (items, bytes) = ({size} WHERE group_key = ?) WHERE id = ?",
+                (row, row),
+            )
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
     def finish_copy(self) -> None:
-        """Commit what `copy_group` took over, and put all of it into the file itself."""
+        """Commit what `copy_group` or `add_group` made, and put all of it into the file itself."""
         try:
             self._connection.execute("COMMIT")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

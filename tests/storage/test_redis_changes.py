@@ -9,10 +9,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import redis
 
+from broker import messages
 from broker.clock import wall_clock_ms
-from shards.group import Change, Done, Kind, Operation
+from broker.names import Group
+from shards.group import Change, Done, Kind, Operation, Snapshot
 from shards.history import HistoryLimits
+from shards.storage import redis_keys
 from shards.storage.base import Settled
 from shards.storage.redis import RedisStorage
 from tests.storage.test_storages import (
@@ -25,6 +29,7 @@ from tests.storage.test_storages import (
     send,
     update,
 )
+from tests.support.redis_cluster import RedisClusterServers
 from tests.support.redis_server import RedisServer
 
 PATIENCE_S = 10.0
@@ -68,7 +73,10 @@ class Member:
 
 @asynccontextmanager
 async def members(
-    server: RedisServer, count: int = 2, limits: HistoryLimits = LIMITS, *groups: str
+    server: RedisServer | RedisClusterServers,
+    count: int = 2,
+    *groups: str,
+    limits: HistoryLimits = LIMITS,
 ) -> AsyncIterator[list[Member]]:
     """Members that joined `g`, and the other groups."""
     found = [Member(server.url, limits) for _ in range(count)]
@@ -137,7 +145,7 @@ async def test_what_others_did_comes_before_what_came_after_it(redis_server: Red
 @asynchronous
 async def test_all_at_once(redis_server: RedisServer, seed: int) -> None:
     """No update is lost, and everyone hears everything in one order, once."""
-    async with members(redis_server, 3, LIMITS, "h") as all_members:
+    async with members(redis_server, 3, "h") as all_members:
         increments = 0
 
         async def write(member: Member, chance: random.Random) -> None:
@@ -188,7 +196,7 @@ async def test_a_lost_connection(redis_server: RedisServer) -> None:
 @asynchronous
 async def test_what_is_not_kept_any_more_is_left_out(redis_server: RedisServer) -> None:
     """The gap shows in the numbers."""
-    async with members(redis_server, 2, HistoryLimits(3, 60_000, 10**6, 10**6)) as (one, other):
+    async with members(redis_server, limits=HistoryLimits(3, 60_000, 10**6, 10**6)) as (one, other):
         await one.perform(put("a", 0))
         await other.until(lambda: other.seqs() == [1])
         other.storage.interest("s", "g", False)
@@ -201,7 +209,7 @@ async def test_what_is_not_kept_any_more_is_left_out(redis_server: RedisServer) 
 
 @asynchronous
 async def test_without_history(redis_server: RedisServer) -> None:
-    async with members(redis_server, 2, HistoryLimits(0, 60_000, 10**6, 10**6)) as (one, other):
+    async with members(redis_server, limits=HistoryLimits(0, 60_000, 10**6, 10**6)) as (one, other):
         await one.perform(put("a", 1))
         await one.perform(put("a", 2), put("a", 3))
         await other.until(lambda: bool(other.seqs()) and other.seqs()[-1] == 3)
@@ -218,3 +226,33 @@ async def test_a_numbering_that_was_lost(redis_server: RedisServer) -> None:
         await other.until(lambda: other.seqs() == [1, 2, 1, 2])
         await other.perform(put("b", 5))
         assert other.seqs() == [1, 2, 1, 2, 3]
+
+
+@asynchronous
+async def test_changes_that_were_told_and_lost(redis_server: RedisServer) -> None:
+    """As after a failover to a replica that lacked them: no number is told twice, whoever goes on,
+    and the numbering is another one, so that nobody resumes from what is not there."""
+    async with members(redis_server) as (one, other):
+        await one.perform(put("a", 1), put("a", 2))
+        keys = redis_server.client.keys("*")
+        raw = redis.Redis(port=redis_server.port)
+        kept = {key: raw.dump(key) for key in keys}
+        await one.perform(put("a", 3), put("a", 4), put("b", 1))
+        await other.until(lambda: other.seqs() == [1, 2, 3, 4, 5])
+        epoch = redis_server.client.hget(head_key(), "epoch")
+        for key, text in kept.items():
+            raw.restore(key, 0, text, replace=True)
+        raw.close()
+        await other.perform(get("a"), put("c", 1))
+        await one.until(lambda: one.seqs()[-1] == 7)
+        assert one.seqs() == other.seqs() == [1, 2, 3, 4, 5, 7]
+        assert redis_server.client.hget(head_key(), "epoch") != epoch
+        await one.perform(put("a", 5))
+        await other.until(lambda: other.seqs()[-1] == 8)
+        ((outcome, _),) = await one.perform(messages.Join(0, "s", "g", None, None, 5, epoch))
+        assert isinstance(outcome, Snapshot)
+        assert outcome.data == b"[5,1]"
+
+
+def head_key() -> str:
+    return redis_keys.group_keys(Group("s", "g")).head

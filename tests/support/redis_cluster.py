@@ -14,6 +14,9 @@ from tests.support.redis_server import RedisServer
 PATIENCE_S = 30.0
 NODE_TIMEOUT_MS = 1500
 
+AT_ONCE = ("--repl-diskless-sync-delay", "0")
+"""A replica that comes needs not wait for others."""
+
 
 def until(holds: Callable[[], Any], what: str) -> None:
     """Wait until `holds`; a server that does not answer yet is waited for too."""
@@ -33,20 +36,16 @@ class RedisClusterServers:
 
     def __init__(self, replicas: int = 0, *options: str) -> None:
         self.nodes: list[RedisServer] = []
-        timeout = ("--cluster-node-timeout", str(NODE_TIMEOUT_MS))
+        settings = ["--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS)]
+        settings += ["--cluster-require-full-coverage", "no", *AT_ONCE]
         try:
             for _ in range(3 * (1 + replicas)):
-                node = RedisServer("--cluster-enabled", "yes", *timeout, *options)
+                node = RedisServer(*settings, *options)
                 self.nodes.append(node)
             addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
-            subprocess.run(
-                [
-                    *("redis-cli", "--cluster", "create", *addresses),
-                    *("--cluster-replicas", str(replicas), "--cluster-yes"),
-                ],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"]
+            command += ["--cluster-replicas", str(replicas)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             until(self.is_well, "all nodes know of all slots")
         except BaseException:
             self.close()
@@ -62,6 +61,7 @@ class RedisClusterServers:
         running = [node for node in self.nodes if node.process is not None]
         return all(
             node.client.execute_command("CLUSTER INFO").get("cluster_state") == "ok"
+            and node.client.info("replication").get("master_link_status", "up") == "up"
             for node in running
         )
 
@@ -123,7 +123,7 @@ class SentinelServers:
     """A master with a replica, and three Sentinels that watch them as the service `main`."""
 
     def __init__(self, password: str | None = None) -> None:
-        auth = ["--masterauth", password] if password else []
+        auth = [*AT_ONCE, *(["--masterauth", password] if password else [])]
         self.master = RedisServer(*auth, password=password)
         self.replica = RedisServer(*auth, password=password)
         self.sentinels: list[RedisServer] = []

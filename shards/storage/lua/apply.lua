@@ -5,8 +5,9 @@
 -- ARGV: the wall clock in ms; the history's limits (events, ms, bytes); the bytes of values that one
 -- answer may hold; ms after which an empty group is forgotten; an epoch for groups that have none;
 -- the command that tells other brokers; 1 if the original's channel is served; then for each group
--- its names as JSON members, the channel of its changes, how many operations, how many arguments
--- these have, and they, each as its name and its own arguments.
+-- its names as JSON members, the channel of its changes, an epoch and the last number in it that was
+-- told ('' and 0 if none is known), how many operations, how many arguments these have, and they,
+-- each as its name and its own arguments.
 --
 -- Returns a text and values, few and large, as clients spend their time on each. The text has for
 -- each group: 0, 1 if it began, and for each operation that was performed 0, done; 1, there is
@@ -407,17 +408,23 @@ function perform.history()
     give(failed(found) and {} or found)
 end
 
-local function read_head()
+local function read_head(known_epoch, known_seq)
     local known = ask(head,
         redis.pcall('HMGET', head, 'epoch', 'seq', 'time', 'order', 'bytes', 'expires'))
     epoch, seq, time = known[1], tonumber(known[2]) or 0, tonumber(known[3]) or 0
     number, bytes = tonumber(known[4]) or 0, tonumber(known[5]) or 0
     expires = tonumber(known[6]) or 0
     is_new = not epoch
+    first_seq, first_time = seq, time
     if is_new then
         epoch, seq = new_epoch, 0
+    elseif epoch == known_epoch and seq < known_seq then
+        -- Redis lost changes that were told, in a failover or a crash. No number is given twice,
+        -- and the one that is left out shows everybody that they have to look anew.
+        epoch, seq, first_seq = new_epoch, known_seq + 1, 0
+        time = time + 1
+        redis.pcall('DEL', history)
     end
-    first_seq, first_time = seq, time
 end
 
 local function write_head()
@@ -444,8 +451,8 @@ local function write_head()
 end
 
 -- The operations of a group, up to one that ends it.
-local function perform_all(operations)
-    read_head()
+local function perform_all(operations, known_epoch, known_seq)
+    read_head(known_epoch, known_seq)
     for _ = 1, operations do
         if perform[take()]() then
             return
@@ -456,6 +463,7 @@ end
 for place = 0, #KEYS / 4 - 1 do
     data, head, order, history = unpack(KEYS, place * 4 + 1, place * 4 + 4)
     names, channel = take(), take()
+    local known_epoch, known_seq = take(), take_number()
     local operations, next_at = take_number(), take_number()
     next_at = at + next_at
     epoch, time, first_time, count, began_empty, began = nil, 0, 0, nil, nil, false
@@ -465,7 +473,7 @@ for place = 0, #KEYS / 4 - 1 do
     local said, given = #numbers, #answer
     give('')
     numbers[said + 1] = '0'
-    local done, why = pcall(perform_all, operations)
+    local done, why = pcall(perform_all, operations, known_epoch, known_seq)
     if epoch then
         write_head() -- also of what was done before something failed
     end
