@@ -18,7 +18,31 @@ KEPT = 500
 WINDOW_S = 10.0
 """What is told is of the last one to two of these."""
 
+EXACT = 100
+"""Things of a second that are all looked at; of those that follow one in `EACH` is."""
+EACH = 16  # a power of two
+
 _count = itemgetter(1)
+
+
+class Budget:
+    """Says which things are looked at, so that looking costs little however many there are."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def weight(self) -> int:
+        """How many things the one that comes now stands for; 0: it is passed over."""
+        self._seen += 1
+        if self._seen <= EXACT:
+            return 1
+        return 0 if self._seen & (EACH - 1) else EACH
+
+    def refill(self) -> None:
+        """A second is over."""
+        self._seen = 0
 
 
 class Summary(Generic[K]):

@@ -59,7 +59,6 @@ class Port(Protocol):
     send_queue_bytes_max: int
     received_bytes: int
     sent_bytes: int
-    sent_messages: int
 
     def connected(self, connection: Connection) -> None: ...
 
@@ -212,18 +211,19 @@ class Connection(asyncio.Protocol):
         self.waiting_bytes += size
         return True
 
-    def flush(self) -> None:
-        """Write what one turn of the loop sent, joined; it waits while the socket is full."""
+    def flush(self) -> int:
+        """Write what one turn of the loop sent, joined; it waits while the socket is full.
+
+        Returns how many bytes were written.
+        """
         if self._write_paused or self._out is None or not self._waiting:
-            return
+            return 0
         waiting = self._waiting
         data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
-        port = self._port
-        port.sent_messages += len(waiting)
-        port.sent_bytes += self.waiting_bytes
         waiting.clear()
         self.waiting_bytes = 0
         self._out.write(data)
+        return len(data)
 
     def drop_waiting(self) -> int:
         """Forget what waits; returns how many frames that were."""
@@ -240,7 +240,7 @@ class Connection(asyncio.Protocol):
             if self._peer is None:
                 self.abort()
             return
-        self.flush()
+        self._port.sent_bytes += self.flush()
         self.drop_waiting()
         self._out = None
         self.resume_reading(self._read_paused)  # for the answer
@@ -347,16 +347,16 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self.stalled_since = None
         self._control_bytes = 0
-        written = 0
+        written = sent = 0
         for frame in self._waiting:
             if self._write_paused or self._out is None:
                 break
             written += 1
             self.waiting_bytes -= len(frame)
-            self._port.sent_bytes += len(frame)
+            sent += len(frame)
             self._out.write(frame)  # may pause writing again
         del self._waiting[:written]
-        self._port.sent_messages += written
+        self._port.sent_bytes += sent
         if not self._write_paused and self._peer is not None:
             self._peer.drained()
 
@@ -403,7 +403,7 @@ class Connection(asyncio.Protocol):
 
     def _take_early(self) -> None:
         early, self._early = self._early, b""
-        self.flush()  # a greeting comes before the answer to anything
+        self._port.sent_bytes += self.flush()  # a greeting comes before the answer to anything
         self.resume_reading(PAUSED_BY_REQUEST)
         if self._splitter is not None:
             self._splitter.receive_data(early)
@@ -413,7 +413,7 @@ class Connection(asyncio.Protocol):
         if isinstance(self._protocol.handshake_exc, InvalidMessage) and not self.requested:
             self._answer_garbage()
         if self._protocol.state is not OPEN:
-            self.flush()  # what was answered before the peer closed
+            self._port.sent_bytes += self.flush()  # what was answered before the peer closed
         for data in self._protocol.data_to_send():
             if self._transport is None:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from broker.hot import Budget
 from broker.messages import Event
 from broker.metrics import SECONDS, SIZES, Histogram
 from gateway.hub import Hub
@@ -17,12 +18,14 @@ class FanOut:
 
     Attributes: `durations` in seconds; `sizes`, frames to clients; `delays`, seconds from a
     change's timestamp, which it gets just before it is committed, to when its frames are handed
-    to sockets. Of each piece, all by the wall clock's milliseconds.
+    to sockets, by the wall clock's milliseconds. Of the first pieces of a second, and then of one
+    in a few.
     """
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._last: Event | None = None
+        self._budget = Budget()
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.delays = Histogram(SECONDS)
@@ -37,6 +40,9 @@ class FanOut:
         event, self._last = self._last, None
         if not hub.has_events:
             return
+        if not self._budget.weight():
+            hub.flush()
+            return
         began_at, before = time.perf_counter(), hub.deliveries_total
         hub.flush()
         self.durations.observe(time.perf_counter() - began_at)
@@ -46,6 +52,10 @@ class FanOut:
             if timestamp_ms is not None:
                 # A group's timestamps may run ahead of the clock.
                 self.delays.observe(max(0.0, time.time() - timestamp_ms / 1000))
+
+    def refill(self) -> None:
+        """A second is over."""
+        self._budget.refill()
 
 
 def timestamp_of(payload: bytes) -> int | None:

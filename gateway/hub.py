@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from broker.hot import Hot
+from broker.hot import Budget, Hot
 from broker.messages import Event
 from broker.names import Group
 from gateway.websocket import text_frame
@@ -122,7 +122,8 @@ class Hub:
         self.deliveries_total = 0
         self.gaps_total = 0
         self.hot = Hot[tuple[str, str]]()
-        """Deliveries by group; whoever owns the hub rotates it."""
+        """Deliveries by group."""
+        self._budget = Budget()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -160,6 +161,11 @@ class Hub:
         """How many subscriptions a group has."""
         found = self._groups.get(group)
         return len(found.subscriptions) if found is not None else 0
+
+    def rotate(self, now: float) -> None:
+        """A second is over; `now` of `time.monotonic`."""
+        self._budget.refill()
+        self.hot.rotate(now)
 
     def position(self, group: tuple[str, str]) -> tuple[int, str] | None:
         """Up to where the live subscriptions of a group got its events; None without such."""
@@ -222,10 +228,12 @@ class Hub:
         if not self._turn:
             return
         turn, self._turn = self._turn, {}
+        weight = self._budget.weight()
         for key, group in turn.items():
             before = self.deliveries_total
             self._flush(group)
-            self.hot.add(key, self.deliveries_total - before)
+            if weight:
+                self.hot.add(key, (self.deliveries_total - before) * weight)
 
     def all_subscriptions(self) -> list[Subscription]:
         """Every subscription of every group."""

@@ -60,7 +60,6 @@ class Listener(ABC):
         self.refused_total = dict.fromkeys(REFUSALS, 0)
         self.received_bytes = 0
         self.sent_bytes = 0
-        self.sent_messages = 0
         self.paused_total = 0
         self.closed_total = LabelCounts(["code"], [(code,) for code in CLOSE_CODES])
         self.dead_total = 0
@@ -149,8 +148,10 @@ class Listener(ABC):
 
     def _flush(self) -> None:
         unflushed, self._unflushed = self._unflushed, []
+        sent = 0
         for connection in unflushed:
-            connection.flush()
+            sent += connection.flush()
+        self.sent_bytes += sent
 
     def disconnected(self, connection: Connection) -> None:
         self.connections.discard(connection)

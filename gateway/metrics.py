@@ -21,7 +21,6 @@ def add_ports(metrics: Metrics, ports: Sequence[Listener]) -> None:
 
     metrics.counters("received_bytes", "Bytes received.", by_port(lambda p: p.received_bytes))
     metrics.counters("sent_bytes", "Bytes of messages sent.", by_port(lambda p: p.sent_bytes))
-    metrics.counters("sent_messages", "Messages sent.", by_port(lambda p: p.sent_messages))
     metrics.counters(
         "connections_paused",
         "Times that nothing was read from a peer for a while, as what it sent waits.",

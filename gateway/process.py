@@ -404,7 +404,12 @@ def _introspection(process: Service, gateway: Gateway, registry: Metrics) -> Int
         "invocations": lambda: gateway.invocations.invocations_total,
         "connections": lambda: gateway.stream_port.connections_total,
     }
-    vitals = Vitals(process.name, process.restarts, registry.lag, totals, hub.hot.rotate)
+
+    def each_second(now: float) -> None:
+        hub.rotate(now)
+        gateway.fanout.refill()
+
+    vitals = Vitals(process.name, process.restarts, registry.lag, totals, each_second)
 
     def report() -> GatewayReport:
         return GatewayReport(

@@ -24,7 +24,7 @@ from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
-MEASURED_EACH = 8
+MEASURED_EACH = 8  # a power of two
 FAILURES = ("deserialization_error", "overloaded", "shard_unavailable", OTHER)
 """Codes that are exposed from the start, of every function."""
 HISTORY_LIMIT_MAX = 1000
@@ -70,6 +70,16 @@ class _Nothing(Struct, gc=False):
 _Input = TypeVar("_Input")
 
 
+class _Calls:
+    """Of one function: how many, and how long some took."""
+
+    __slots__ = ("durations", "total")
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.durations = Histogram(SECONDS)
+
+
 class StreamCalls:
     """Makes calls; counts them by function."""
 
@@ -89,9 +99,7 @@ class StreamCalls:
             "stream::history": self._history,
             "broker::items": self._items,
         }
-        self.calls_total = dict.fromkeys(self._functions, 0)
-        self.durations = {function: Histogram(SECONDS) for function in self._functions}
-        """Of one call in `MEASURED_EACH`."""
+        self._calls = {function: _Calls() for function in self._functions}
         self.failures_total = LabelCounts(
             ["function", "code"], [(f, c) for f in self._functions for c in FAILURES]
         )
@@ -109,9 +117,10 @@ class StreamCalls:
         function = self._functions.get(function_id)
         if function is None:
             return False
-        self.calls_total[function_id] += 1
-        if not self.calls_total[function_id] % MEASURED_EACH:
-            answered = partial(self._measured, function_id, time.perf_counter(), answered)
+        calls = self._calls[function_id]
+        calls.total += 1
+        if calls.total & (MEASURED_EACH - 1) == 0:
+            answered = partial(_measured, calls.durations, time.perf_counter(), answered)
         if self.tracing is not None:
             span = self.tracing.start(function_id, Kind.SERVER, trace)
             trace, answered = span.trace, partial(_traced, span, answered)
@@ -127,11 +136,15 @@ class StreamCalls:
         if function_id in self._functions:
             self.failures_total.add(function_id, code)
 
-    def _measured(
-        self, function_id: str, began_at: float, answered: Answered, answer: Answer
-    ) -> None:
-        self.durations[function_id].observe(time.perf_counter() - began_at)
-        answered(answer)
+    @property
+    def calls_total(self) -> dict[str, int]:
+        """By function."""
+        return {function: calls.total for function, calls in self._calls.items()}
+
+    @property
+    def durations(self) -> dict[str, Histogram]:
+        """By function, of one call in `MEASURED_EACH`."""
+        return {function: calls.durations for function, calls in self._calls.items()}
 
     def _set(self, data: bytes, answered: Answered) -> None:
         i = _decode(_set_decoder, "set", data)
@@ -240,6 +253,11 @@ class StreamCalls:
             check_name("group_id", group_id, bytes_max)
             check_name("item_id", item_id, bytes_max)
         return Group(stream, group_id)
+
+
+def _measured(durations: Histogram, began_at: float, answered: Answered, answer: Answer) -> None:
+    durations.observe(time.perf_counter() - began_at)
+    answered(answer)
 
 
 def _traced(span: Span, answered: Answered, answer: Answer) -> None:

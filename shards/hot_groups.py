@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.hot import Hot
+from broker.hot import Budget, Hot
 from shards.group import Operation
 
-SAMPLES = 4
+SAMPLES = 2
 """Operations of a batch that are looked at, about: what it costs does not grow with it."""
 
 
 class HotGroups:
-    """Counts operations. Streams exactly; groups by evenly spaced samples of each batch, each of
-    which stands for those between it and the next."""
+    """Counts operations: of few batches all, of many a sample, of which each stands for those
+    around it. `rotate` has to be called about once a second."""
 
     def __init__(self) -> None:
         self.streams = Hot[str]()
         self.groups = Hot[tuple[str, str]]()
+        self._budget = Budget()
         self._turn = 0
 
     def add(self, stream: str, operations: Sequence[Operation]) -> None:
         """Count a batch."""
+        weight = self._budget.weight()
+        if not weight:
+            return
         count = len(operations)
-        self.streams.add(stream, count)
+        self.streams.add(stream, count * weight)
         step = count // SAMPLES or 1
         # Where a batch is begun with wanders, lest callers that take turns are seen one-sidedly.
         self._turn += 1
-        for index in range(self._turn % step, count, step):
-            self.groups.add((stream, operations[index].group_id), step)
+        for operation in operations[self._turn % step :: step]:
+            self.groups.add((stream, operation.group_id), step * weight)
 
     def rotate(self, now: float) -> None:
-        """To be called about once a second."""
+        """A second is over."""
+        self._budget.refill()
         self.streams.rotate(now)
         self.groups.rotate(now)

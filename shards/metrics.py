@@ -17,9 +17,7 @@ def store_report(
 ) -> StoreReport:
     """What is stored, as far as it is known."""
     if isinstance(storage, MemoryStorage):
-        return StoreReport(
-            storage.stored_streams, storage.stored_groups, storage.items, storage.bytes
-        )
+        return storage.report()
     return StoreReport() if survey is None else survey.report
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol, assert_never
+from typing import Protocol, assert_never, get_args
 
 import msgspec
 
@@ -100,7 +100,7 @@ class Requests:
             [(kind.__name__, code) for kind, (code, _) in _FAILURES.items()]
             + [(kind.__name__, "overloaded") for kind in _FAILURES],
         )
-        self.calls_total = dict.fromkeys((kind.__name__ for kind in (*_FAILURES, *_SPANNING)), 0)
+        self._received_total: dict[type[ToShard], int] = dict.fromkeys(get_args(ToShard), 0)
         self.overflows_total = 0
         self._before = [0, 0]  # bytes of links that are over
 
@@ -108,6 +108,11 @@ class Requests:
     def links(self) -> list[GatewayLink]:
         """The links that are made."""
         return list(self._links)
+
+    @property
+    def calls_total(self) -> dict[str, int]:
+        """By kind."""
+        return {kind.__name__: self._received_total[kind] for kind in (*_FAILURES, *_SPANNING)}
 
     @property
     def received_bytes(self) -> int:
@@ -146,7 +151,9 @@ class Requests:
 
     def messages_received(self, link: GatewayLink, received: list[ToShard]) -> None:
         """Take what came in one piece; operations of it on one stream share a commit."""
+        received_total = self._received_total
         for message in received:
+            received_total[type(message)] += 1
             self._receive(link, message)
         self.committer.start()
 
@@ -163,7 +170,6 @@ class Requests:
                 | messages.Publish()
                 | messages.ReadHistory()
             ):
-                self._count_call(message)
                 if self.tracing is not None:
                     self._begin_span(message)
                 if self.committer.waiting >= WAITING_MAX:
@@ -176,10 +182,8 @@ class Requests:
                     self._links[link].discard(group)
                     self._not_interested(link, group)
             case messages.ListGroups():
-                self._count_call(message)
                 self._tasks.start(self._list_groups(link, message))
             case messages.ListAll():
-                self._count_call(message)
                 self._tasks.start(self._list_all(link, message))
             case messages.CheckOps():
                 self._check_ops(link, message)
@@ -424,9 +428,6 @@ class Requests:
     def _fail(self, link: GatewayLink, call: _Call, error: BrokerError) -> None:
         self.failures_total.add(type(call).__name__, error.code)
         link.send(Failure(call.call_id, error.code, error.message, error.field, error.retryable))
-
-    def _count_call(self, call: Operation | messages.ListGroups | messages.ListAll) -> None:
-        self.calls_total[type(call).__name__] += 1
 
 
 def _storage_failure(operation: Operation, reason: str, retryable: bool = False) -> StorageError:

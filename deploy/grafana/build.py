@@ -125,6 +125,24 @@ OVERVIEW = Dashboard(
                     (rate("broker_invocations_total"), "invocations"),
                 ],
             ),
+            Panel(
+                "Bytes received",
+                "From clients and workers, by port.",
+                "Bps",
+                [(rate("broker_received_bytes_total", "port"), "{{port}}")],
+            ),
+            Panel(
+                "Bytes sent",
+                "Messages to clients and workers, by port.",
+                "Bps",
+                [(rate("broker_sent_bytes_total", "port"), "{{port}}")],
+            ),
+            Panel(
+                "Fan-out size",
+                "Frames to clients of the events that a shard sent in one piece.",
+                "short",
+                percentiles("broker_event_fanout_deliveries"),
+            ),
         ],
         "Latency": [
             Panel(
@@ -150,6 +168,13 @@ OVERVIEW = Dashboard(
                 "Handing the events that a shard sent in one piece to all subscribers.",
                 "s",
                 percentiles("broker_event_fanout_seconds"),
+            ),
+            Panel(
+                "Change to socket",
+                "From a change's timestamp, just before its commit, until its frames are handed "
+                "to the sockets.",
+                "s",
+                percentiles("broker_event_delay_seconds"),
             ),
             Panel(
                 "Event loop lag",
@@ -249,6 +274,31 @@ OVERVIEW = Dashboard(
                             'outcome!~"fired|skipped"',
                         ),
                         "{{outcome}}",
+                    )
+                ],
+            ),
+            Panel(
+                "Bounds hit",
+                "Peers that are not read from as too much of theirs waits, links that were cut as "
+                "they were full, log lines left out.",
+                "cps",
+                [
+                    (rate("broker_connections_paused_total", "port"), "{{port}} paused"),
+                    (rate("broker_connections_throttled_total", "port"), "{{port}} throttled"),
+                    (rate("broker_shard_link_overflows_total"), "links to shards"),
+                    (rate("broker_link_overflows_total"), "links from shards"),
+                    (rate("broker_log_lines_left_out_total"), "log lines"),
+                ],
+            ),
+            Panel(
+                "Connections of the limit",
+                "Share of connections_max that is open; past it further ones are cut.",
+                "percentunit",
+                [
+                    (
+                        "broker_connections / on (job, instance) group_left"
+                        ' broker_limit{limit="connections_max", shard=""}',
+                        "{{port}}",
                     )
                 ],
             ),
@@ -426,6 +476,46 @@ SHARDS = Dashboard(
                 "Invocations that the shard asked its gateways for.",
                 "cps",
                 rate_on_shard("broker_triggers_fired_total"),
+            ),
+        ],
+        "What it stores": [
+            Panel("Items", "As of the last look.", "short", on_shard("broker_store_items")),
+            Panel("Groups", "Those with items.", "short", on_shard("broker_store_groups")),
+            Panel(
+                "Values",
+                "About the bytes of the items' values.",
+                "bytes",
+                on_shard("broker_store_bytes"),
+            ),
+            Panel(
+                "On disk",
+                "Bytes of the stream files, with their logs and histories.",
+                "bytes",
+                on_shard("broker_store_disk_bytes"),
+            ),
+            Panel(
+                "Answered from memory",
+                "Share of the operations whose data was in the cache.",
+                "percentunit",
+                [
+                    (
+                        f"{rate('broker_cache_hits_total', 'shard', SHARD)} / ("
+                        + rate("broker_cache_hits_total", "shard", SHARD)
+                        + " + "
+                        + rate("broker_cache_misses_total", "shard", SHARD)
+                        + ")",
+                        BY_SHARD,
+                    )
+                ],
+            ),
+            Panel(
+                "Pushed out",
+                "Groups that the cache forgot, and files that were closed, as others need room.",
+                "cps",
+                [
+                    (rate("broker_cache_evictions_total", "shard", SHARD), BY_SHARD + " groups"),
+                    (rate("broker_stream_files_closed_total", "shard", SHARD), BY_SHARD + " files"),
+                ],
             ),
         ],
         "What it keeps": [

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from broker.clock import Clock
+from broker.report import StoreReport
 from shards.group import Done, GroupState, Head, Operation, attempt, new_epoch
 from shards.history import Histories, HistoryLimits
 from shards.storage.base import Settle, Settled
 
 EMPTY_GROUPS_MAX = 100_000
 """Groups without items whose numbering is remembered; the longest unused is forgotten first."""
+REPORT_REST = 500
+"""Counting what is stored may take one part in so many of the time."""
 
 
 class MemoryStorage:
@@ -25,8 +29,8 @@ class MemoryStorage:
         self._response_bytes_max = response_bytes_max
         self._streams: dict[str, dict[str, GroupState]] = {}
         self._empty: OrderedDict[tuple[str, str], GroupState] = OrderedDict()
-        self.items = 0
-        self.bytes = 0
+        self._report = StoreReport(0, 0, 0, 0)
+        self._report_until = 0.0  # `time.monotonic` up to which it is not made again
         self._forgotten_timestamp_ms = 0
         self._epoch = new_epoch()  # of groups of which nothing is known
 
@@ -46,12 +50,9 @@ class MemoryStorage:
             if group is None:
                 group = self._empty.pop((stream, group_id), None) or self._new(stream, group_id)
                 groups[group_id] = group
-            count, size = group.count, group.bytes
             outcome = attempt(group, operation, now_ms, self._response_bytes_max)
             settled.append((outcome, group))
             if isinstance(outcome, Done) and outcome.change is not None:
-                self.items += group.count - count
-                self.bytes += group.bytes - size
                 assert group.history is not None, "every group here has one"
                 self._histories.add(group.history, outcome.change, now_ms)
             if not group.count:
@@ -64,15 +65,23 @@ class MemoryStorage:
             del self._streams[stream]
         settle(settled)
 
-    @property
-    def stored_streams(self) -> int:
-        """Streams with items."""
-        return len(self._streams)
+    def report(self) -> StoreReport:
+        """What is stored now; where counting it takes long, as it was a while ago."""
+        began_at = time.monotonic()
+        if began_at >= self._report_until:
+            self._report = self._counted()
+            took = time.monotonic() - began_at
+            self._report_until = began_at + REPORT_REST * took
+        return self._report
 
-    @property
-    def stored_groups(self) -> int:
-        """Groups with items."""
-        return sum(map(len, self._streams.values()))
+    def _counted(self) -> StoreReport:
+        groups = items = size = 0
+        for stream in self._streams.values():
+            groups += len(stream)
+            for group in stream.values():
+                items += group.count
+                size += group.bytes
+        return StoreReport(len(self._streams), groups, items, size)
 
     def interest(self, stream: str, group_id: str, wanted: bool) -> None:
         """Nothing to do: nobody else changes it."""
