@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import StorageError
-from shards.files import sync_directory, write_again
+from shards.files import sync_directory, sync_file, write_again
 
 LAYOUT_VERSION = 2
 _APPLICATION_ID = 0x53425231  # "SBR1"
@@ -148,12 +148,13 @@ class StreamFile:
         """Open the file at `path`, or make it. Without `durable` commits may get lost: for a
         copy, which is made durable as a whole."""
         self._path = path
+        self._log = path.with_name(f"{path.name}-wal")
         self.suspect = False
         """A commit failed, and what it left in the log could count for whoever opens the file
         again: it is to be kept open."""
         try:
             if durable:  # a process that died may have left what it did not sync: nobody saw it
-                write_again(path.with_name(f"{path.name}-wal"))
+                write_again(self._log)
             self._connection = connect(path)
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
@@ -173,7 +174,14 @@ class StreamFile:
 
     def close(self) -> None:
         """Close the file; never fails."""
+        suspect = self.suspect
+        if suspect:
+            with suppress(StorageError):
+                self.clear_log()
         self._connection.close()
+        if suspect:  # the log is gone, and may not come back, or it stays for all to see
+            with suppress(OSError):
+                sync_directory(self._path.parent)
 
     def groups(self) -> list[str]:
         """The ids of the groups that have items."""
@@ -319,14 +327,15 @@ class StreamFile:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             row = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except sqlite3.Error as error:
+            if row[0]:
+                raise StorageError(
+                    "storage_failed",
+                    f"{self._path}: another program reads it while its log has to be emptied",
+                    retryable=True,
+                )
+            sync_file(self._log)  # SQLite does not: it could be whole again after a power cut
+        except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
-        if row[0]:
-            raise StorageError(
-                "storage_failed",
-                f"{self._path}: another program reads it while its log has to be emptied",
-                retryable=True,
-            )
         self.suspect = False
 
     def history(self, row: int, since: int) -> list[bytes]:

@@ -171,7 +171,8 @@ class Life:
             return
         operations = [self._write() for _ in range(rng.choice((1, 1, 2, 6)))]
         groups = after(self.expected.answered(stream), operations)
-        if groups != self.expected.answered(stream):
+        changes = groups != self.expected.answered(stream)
+        if changes:
             self._mark(lambda expected: expected.may_be(stream, groups))
         if self.failures and rng.random() < 0.2:
             self.recorder.failing_syncs = rng.randint(1, 6)
@@ -179,7 +180,8 @@ class Life:
         if any(isinstance(outcome, StorageError) for outcome, _ in settled):
             assert all(isinstance(outcome, StorageError) for outcome, _ in settled)
             return
-        self._answered(stream, groups, settled)
+        if changes:  # else nothing was committed, and what failed before may still come up
+            self._answered(stream, groups, settled)
 
     def _answered(self, stream: str, groups: Stream, settled: list[Settled]) -> None:
         seen: list[tuple[str, int]] = []
