@@ -7,8 +7,10 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from broker import locks, logs, service
 from broker.config import Config
@@ -35,6 +37,8 @@ _STREAM_PORT_KEY = "modules[].config.port"
 _WORKER_PORT_KEY = "broker.worker.port"
 _READY_POLL_S = 0.01
 _READY_WAIT_S = 10.0
+_DRAIN_SLACK_S = 1.0  # of a loop that is behind; what is left is closed at once
+_STOP_REASON = "the broker is stopping"
 
 _log = logs.Log("gateway")
 
@@ -179,6 +183,12 @@ async def serve(process: Service) -> None:
         _log.info("gateway_started")
     await process.stopping.wait()
     for port in ports:
+        port.refuse_new()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(settings.limits.drain_seconds + _DRAIN_SLACK_S):
+            drain = gateway.stream_port.drain(settings.limits.drain_seconds, _STOP_REASON)
+            await _unless(process.hurried, drain)
+    for port in ports:
         port.stop_listening()
     metrics.close()
     with suppress(TimeoutError):
@@ -190,7 +200,7 @@ async def serve(process: Service) -> None:
             async with asyncio.timeout(settings.limits.stop_timeout_s / 4):
                 if port is gateway.worker_port:
                     await _tell_leaves(gateway)
-                await port.stop("the broker is stopping")
+                await port.stop(_STOP_REASON)
         except TimeoutError:
             for connection in list(port.connections):
                 connection.abort()
@@ -199,6 +209,17 @@ async def serve(process: Service) -> None:
     gateway.links.close()
     os.close(lock)
     _log.info("gateway_stopped")
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, and give it up when `event` is set."""
+    task, over = asyncio.create_task(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, over), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        over.cancel()
+        if not task.cancel():
+            task.result()
 
 
 async def _wait_ready(process: Service, gateway: Gateway) -> None:

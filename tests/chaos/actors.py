@@ -203,9 +203,11 @@ class Subscriber:
         fields = {name: value for name, value in given.items() if value is not None}
         await client.send_join(self.stream, self.group, self.name, **fields)
         end = now() + self._rng.choice((2.0, 10.0, 1e9))
-        while (left := end - now()) > 0:
-            frame = await self._next(client, left)
-            if frame is None or isinstance(frame, Closed):
+        while (left := end - now()) > 0 or self._log.stopping.is_set():
+            frame = await self._next(client, left if left > 0 else 1e9)
+            if frame is None:
+                continue
+            if isinstance(frame, Closed):
                 return
             event = frame["event"]
             if event["type"] == "error":
