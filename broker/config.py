@@ -161,7 +161,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_timeout_s: Seconds = 10.0
     """Seconds that a stopping broker gives to what is in flight."""
     drain_seconds: Delay = 2.0
-    """Seconds over which a stopping gateway spreads the closes of its clients, 50 ms each or less."""
+    """Seconds over which a stopping gateway spreads the closes of its clients."""
     group_cache_bytes_max: MemoryBytes = 256 * MIB
     """Bytes of groups that one shard keeps in memory."""
     link_queue_bytes_max: MemoryBytes = 64 * MIB

@@ -18,11 +18,14 @@ import msgspec
 
 from broker.errors import StorageError
 from shards.files import sync_directory, sync_file, write_again
+from shards.group import entry
 
 LAYOUT_VERSION = 2
 _APPLICATION_ID = 0x53425231  # "SBR1"
 _ROWS_PER_STATEMENT = (256, 64, 16, 4, 1)
 _SELECT_NAMES_MAX = 500
+PAGE_CACHE_KIB = 512
+"""Of SQLite's pages that an open file may keep in memory."""
 
 _HISTORY = """
 CREATE TABLE history (
@@ -159,6 +162,7 @@ class StreamFile:
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
         try:
+            self._connection.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
             if not self._pragma("user_version") and not self._pragma("application_id"):
                 sync_directory(path.parent)  # before there is anything in it
@@ -271,6 +275,24 @@ class StreamFile:
             ).fetchall()
         except sqlite3.Error as error:
             raise self._failure(error) from error
+
+    def whole_group(
+        self, row: int, bytes_max: int, *, entries: bool, ids: bool
+    ) -> tuple[bytes, bytes | None] | None:
+        """The JSON list of a group's values, or of its entries (`shards.group.entry`), and if asked
+        for that of its ids; row by row, as there may be millions.
+
+        None when one of them has more than `bytes_max` bytes.
+        """
+        values, names = bytearray(b"["), bytearray(b"[")
+        for item_id, value in self.iterate_items(row):
+            values += entry(item_id, value) if entries else value
+            values += b","
+            if ids:
+                names += msgspec.json.encode(item_id) + b","
+            if max(len(values), len(names)) > bytes_max + 2:
+                return None
+        return _ended(values), _ended(names) if ids else None
 
     def some_items(self, row: int, item_ids: Sequence[str]) -> list[tuple[str, bytes]]:
         """Ids and values of those of `item_ids` that the group has."""
@@ -399,6 +421,13 @@ class StreamFile:
         return failure(self._path, error)
 
 
+def _ended(entries: bytearray) -> bytes:
+    if len(entries) > 1:
+        del entries[-1]  # the last comma
+    entries += b"]"
+    return bytes(entries)
+
+
 def stream_name(path: Path) -> str | None:
     """The name of the stream whose file this is; None where it can't be read."""
     try:
@@ -409,6 +438,28 @@ def stream_name(path: Path) -> str | None:
         finally:
             connection.close()
     except (sqlite3.Error, TypeError):
+        return None
+
+
+def closed_groups(path: Path, stream: str) -> list[str] | None:
+    """As `StreamFile.groups`, of a file that nobody has open, at a fraction of the cost.
+
+    None when it can't be read so: it has a log to be looked at, or something is wrong with it.
+    """
+    if path.with_name(f"{path.name}-wal").exists():
+        return None
+    if not path.exists():
+        return []
+    try:
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)
+        try:
+            if connection.execute("SELECT name FROM stream").fetchone() != (stream,):
+                return None
+            cursor = connection.execute("SELECT group_id FROM groups WHERE items > 0")
+            return [group_id for (group_id,) in cursor]
+        finally:
+            connection.close()
+    except sqlite3.Error:
         return None
 
 

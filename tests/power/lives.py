@@ -27,7 +27,6 @@ from broker.errors import StorageError
 from shards import files, manifest
 from shards.group import Done, Operation, Past, Snapshot
 from shards.history import HistoryLimits
-from shards.storage import sqlite
 from shards.storage.base import Settled
 from shards.storage.sqlite import SqliteStorage
 from shards.storage.sqlite_file import Connect, connect_file
@@ -38,6 +37,7 @@ from tests.power.state import State
 HISTORY = HistoryLimits(events_max=12, age_ms_max=1e15, group_bytes_max=10**6, bytes_max=10**6)
 SHARDS = 2
 OPEN_FILES_MAX = 2
+"""Streams give way to others all the time."""
 PATIENCE_S = 30.0
 
 STREAMS = ("s", "t/..", "ü" * 120)
@@ -77,17 +77,6 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def few_open_files() -> Iterator[None]:
-    """Streams give way to others all the time."""
-    before = sqlite.OPEN_FILES_MAX
-    sqlite.OPEN_FILES_MAX = OPEN_FILES_MAX
-    try:
-        yield
-    finally:
-        sqlite.OPEN_FILES_MAX = before
-
-
-@contextmanager
 def recorded_files(recorder: Recorder) -> Iterator[None]:
     """`shards.files` works on the recorder's disk."""
     files.os = recorder.os
@@ -110,6 +99,7 @@ async def opened(
         HISTORY,
         response_bytes_max=2**24,
         cache_bytes_max=cache_bytes_max,
+        open_files_max=OPEN_FILES_MAX,
         connect=connect,
     )
     await storage.open()
@@ -146,7 +136,7 @@ class Life:
         connect = partial(self.recorder.connect, checkpoint_pages=rng.choice((2, 5, 12, 1000)))
         cache = rng.choice((1024, 2**20))
         try:
-            with few_open_files(), recorded_files(self.recorder):
+            with recorded_files(self.recorder):
                 while steps > 0:
                     async with opened(self.root, clock, connect, cache) as storage:
                         self.recorder.failing_syncs = 0
