@@ -66,7 +66,7 @@ async def serve(process: Service) -> None:
     storage = _storage(settings, index, changed_elsewhere)
     await storage.open()
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
-    requests = Requests(index, settings.shards, storage, leases)
+    requests = Requests(index, settings.shards, storage, leases, settings.limits.response_bytes_max)
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
         partial(

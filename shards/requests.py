@@ -8,7 +8,8 @@ from typing import assert_never
 import msgspec
 
 from broker import logs, messages
-from broker.errors import BrokerError, StorageError
+from broker.config import MIB
+from broker.errors import BrokerError, LimitExceeded, StorageError
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Welcome
 from broker.names import Group
@@ -48,8 +49,14 @@ class Requests:
     """The shard's side of all links: takes messages, answers, and tells who is interested."""
 
     def __init__(
-        self, shard: int, shards: int, storage: Storage, leases: Leases[GatewayLink]
+        self,
+        shard: int,
+        shards: int,
+        storage: Storage,
+        leases: Leases[GatewayLink],
+        response_bytes_max: int = 48 * MIB,
     ) -> None:
+        self._response_bytes_max = response_bytes_max
         self._shard = shard
         self._shards = shards
         self._storage = storage
@@ -236,7 +243,7 @@ class Requests:
         except StorageError as error:
             self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
         else:
-            link.send(Reply(call.call_id, msgspec.json.encode(groups)))
+            self._send_names(link, call.call_id, msgspec.json.encode(groups))
 
     async def _list_all(self, link: GatewayLink, call: messages.ListAll) -> None:
         found: dict[str, list[str]] = {}
@@ -247,7 +254,17 @@ class Requests:
         except StorageError as error:
             self._fail(link, call.call_id, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
         else:
-            link.send(Reply(call.call_id, msgspec.json.encode(found)))
+            self._send_names(link, call.call_id, msgspec.json.encode(found))
+
+    def _send_names(self, link: GatewayLink, call_id: int, text: bytes) -> None:
+        if len(text) > self._response_bytes_max:
+            message = (
+                f"the names have {len(text)} bytes in shard {self._shard},"
+                f" the limit of one answer is {self._response_bytes_max}"
+            )
+            self._fail(link, call_id, LimitExceeded("response_too_large", message))
+        else:
+            link.send(Reply(call_id, text))
 
     def _check_ops(self, link: GatewayLink, call: messages.CheckOps) -> None:
         try:
