@@ -1,8 +1,8 @@
-# make setup | run | test | lint | bench | power; every target sets up what it needs.
+# make setup | run | test | lint | bench | power | chaos; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench power
+.PHONY: setup run test lint bench power chaos
 
 setup: .venv/.installed
 
@@ -29,6 +29,9 @@ bench: setup
 
 power: .venv/.installed-dev
 	$(BIN)/python -m tests.power --cuts $(or $(CUTS),10000) $(and $(SEED),--seed $(SEED))
+
+chaos: .venv/.installed-dev
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),10) $(and $(SEED),--seed $(SEED))
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -166,6 +166,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a peer may take nothing of what waits for it."""
     stop_timeout_s: Seconds = 10.0
     """Seconds that a stopping broker gives to what is in flight."""
+    drain_seconds: Delay = 2.0
+    """Seconds over which a stopping gateway spreads the closes of its clients."""
     group_cache_bytes_max: MemoryBytes = 256 * MIB
     """Bytes of groups that one shard keeps in memory."""
     link_queue_bytes_max: MemoryBytes = 64 * MIB

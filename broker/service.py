@@ -106,6 +106,8 @@ class Service:
         self.config = settings
         self.index = index
         self.stopping = asyncio.Event()
+        self.hurried = asyncio.Event()
+        """Set when it is to stop at once: nothing may be waited for that can be left out."""
         self.exit_code = 0
         self.restarts = _restarts_of(os.environ)
         self.on_reload: Callable[[Config], None] | None = None
@@ -128,16 +130,24 @@ class Service:
             self.reload_file()
 
     def stop(self) -> None:
-        """Begin to stop."""
-        if not self.stopping.is_set():
+        """Begin to stop; told again, hurry."""
+        if self.stopping.is_set():
+            self.hurried.set()
+        else:
             self._notifier.stopping()
             self.stopping.set()
+
+    def stop_at_once(self) -> None:
+        """Stop and hurry: somebody may be about to start in this process's place."""
+        self.hurried.set()
+        if not self.stopping.is_set():
+            self.stop()
 
     def crash(self, reason: str) -> None:
         """Stop with an exit code that makes whoever supervises start the process again."""
         _log.error("process_failed", reason=reason)
         self.exit_code = 1
-        self.stop()
+        self.stop_at_once()
 
     def reload_file(self) -> None:
         """Read the configuration file again and use what can be used without a restart."""
@@ -347,7 +357,7 @@ def _supervisor_said(lines: _Lines, service: Service, loop: asyncio.AbstractEven
     further = lines.read()
     if further is None:
         loop.remove_reader(lines.descriptor)
-        service.stop()
+        service.stop_at_once()
         return
     for line in further:
         service.hand_over(line)

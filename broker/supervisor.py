@@ -140,6 +140,12 @@ class _Child:
                     with contextlib.suppress(ProcessLookupError):
                         self.process.kill()
 
+    def terminate(self) -> None:
+        """Tell the process to end, if there is one."""
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
     async def stop(self, timeout_s: float) -> None:
         """End the process, with force when it takes too long."""
         self._watchdog.close()
@@ -147,8 +153,7 @@ class _Child:
         if process is None:
             return
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            self.terminate()
             try:
                 async with asyncio.timeout(timeout_s):
                     await process.wait()
@@ -179,10 +184,6 @@ async def serve(settings: Config, load: Load | None = None) -> int:
     notifier = Notifier(os.environ)
     stopping, hung_up = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    reloads = load is not None and not os.isatty(0)
-    loop.add_signal_handler(signal.SIGHUP, hung_up.set if reloads else stopping.set)
     notifier.watch(loop)
     shards = [
         _Child(f"shard-{k}", ["-m", "shards", "--index", str(k)], settings)
@@ -190,6 +191,17 @@ async def serve(settings: Config, load: Load | None = None) -> int:
     ]
     reserved: list[socket.socket] = []
     gateways: list[_Child] = []
+
+    def stop() -> None:
+        if stopping.is_set():
+            for gateway in gateways:
+                gateway.terminate()  # told again, it waits for nothing that can be left out
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    reloads = load is not None and not os.isatty(0)
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set if reloads else stop)
     stopped = asyncio.create_task(stopping.wait())
     try:
         settings, reserved = _with_shared_ports(settings)
@@ -219,7 +231,8 @@ async def serve(settings: Config, load: Load | None = None) -> int:
         notifier.stopping()
         stopped.cancel()
         timeout_s = settings.limits.stop_timeout_s + KILL_AFTER_S
-        await asyncio.gather(*(gateway.stop(timeout_s) for gateway in gateways))
+        gateway_timeout_s = settings.limits.drain_seconds + timeout_s
+        await asyncio.gather(*(gateway.stop(gateway_timeout_s) for gateway in gateways))
         await asyncio.gather(*(shard.stop(timeout_s) for shard in shards))
         for placeholder in reserved:
             placeholder.close()

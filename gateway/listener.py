@@ -34,6 +34,8 @@ REFUSALS = (
 """Why requests are refused."""
 CLOSE_CODES = ("1000", "1001", "1002", "1007", "1008", "1009", "4401", "4403", "4408")
 """Of the broker's own close frames; others are peers' and workers' choices, and counted as one."""
+DRAIN_INTERVAL_S_MAX = 0.05
+"""From one client to the next while a port is drained: a few clients are closed in no time."""
 
 _log = logs.Log("listener")
 
@@ -87,6 +89,23 @@ class Listener(ABC):
             await asyncio.sleep(SWEEP_INTERVAL_S)
             self._sweep(self._now())
 
+    def refuse_new(self) -> None:
+        """Take no more connections; those that are open go on."""
+        if self._server is not None:
+            self._server.close()
+
+    async def drain(self, seconds: float, reason: str) -> None:
+        """Close those that are open, one after the other in so many seconds, or sooner when they
+        are few: who comes back after a fixed time then does not come at once with all others."""
+        connections = [connection for connection in self.connections if connection.open]
+        began_at = self._now()
+        interval_s = min(DRAIN_INTERVAL_S_MAX, seconds / max(1, len(connections)))
+        for number, connection in enumerate(connections):
+            wait_s = began_at + number * interval_s - self._now()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            connection.close(CloseCode.GOING_AWAY, reason)
+
     async def stop(self, reason: str) -> None:
         """Take no more connections, close those that are, and wait until they are gone."""
         self.stop_listening()
@@ -101,8 +120,7 @@ class Listener(ABC):
     def stop_listening(self) -> None:
         """Take no more connections, and nothing more from those that are open."""
         self.stopping = True
-        if self._server is not None:
-            self._server.close()
+        self.refuse_new()
         for connection in self.connections:
             connection.pause_reading(PAUSED_BY_STOP)
 

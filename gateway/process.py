@@ -6,12 +6,12 @@ import asyncio
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from ssl import SSLContext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker import locks, logs, service
 from broker.config import Config, RedisAdapter
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 _READY_POLL_S = 0.01
 _READY_WAIT_S = 10.0
 _PEERS_WAIT_S = 3.0
+_DRAIN_SLACK_S = 1.0  # of a loop that is behind; what is left is closed at once
+_STOP_REASON = "the broker is stopping"
 
 _log = logs.Log("gateway")
 
@@ -279,6 +281,7 @@ async def serve(process: Service) -> None:
         _log.info("gateway_started")
     await process.stopping.wait()
     gateway.peers.stopping(clients_gone=False)
+    await _drain_clients(gateway, settings.limits.drain_seconds, process.hurried)
     for port in ports:
         port.stop_listening()
     metrics.close()
@@ -310,6 +313,26 @@ def _reload(
         ]
     )
     gateway.use(settings)
+
+
+async def _drain_clients(gateway: Gateway, seconds: float, hurried: asyncio.Event) -> None:
+    """Close clients one after the other, unless there is no time for it."""
+    for port in (gateway.stream_port, gateway.worker_port):
+        port.refuse_new()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds + _DRAIN_SLACK_S):
+            await _unless(hurried, gateway.stream_port.drain(seconds, _STOP_REASON))
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, and give it up when `event` is set."""
+    task, over = asyncio.create_task(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, over), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        over.cancel()
+        if not task.cancel():
+            task.result()
 
 
 def _redis_peers(settings: Config, gateway: Gateway) -> RedisPeers | None:
@@ -367,7 +390,7 @@ async def _stop_ports(gateway: Gateway, timeout_s: float) -> None:
             async with asyncio.timeout(timeout_s):
                 if port is gateway.worker_port:
                     await _tell_leaves(gateway)
-                await port.stop("the broker is stopping")
+                await port.stop(_STOP_REASON)
         except TimeoutError:
             for connection in list(port.connections):
                 connection.abort()

@@ -22,6 +22,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable, its size included; if there is one."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Make a file, or write it anew; its content is durable then, its name is not."""
     descriptor = os.open(path, _NEW_FILE, 0o666)

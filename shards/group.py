@@ -138,6 +138,11 @@ def names_text(stream: str, group_id: str) -> bytes:
     return b'"streamName":' + _encode(stream) + b',"groupId":' + _encode(group_id)
 
 
+def entry(item_id: str, value: bytes) -> bytes:
+    """JSON text of an item with its id."""
+    return b'{"item_id":' + _encode(item_id) + b',"value":' + value + b"}"
+
+
 class GroupState:
     """A group's head and items, in order of first insertion.
 
@@ -227,14 +232,14 @@ class GroupState:
         """The JSON list of all items as `{"item_id", "value"}`.
 
         Raises:
-            LimitExceeded: their values have more than `bytes_max` bytes.
+            LimitExceeded: that has more than `bytes_max` bytes.
         """
         self.check_size(bytes_max)
-        entries = (
-            b'{"item_id":' + _encode(item_id) + b',"value":' + value + b"}"
-            for item_id, value in self.items.items()
-        )
-        return b"[" + b",".join(entries) + b"]"
+        entries = (entry(item_id, value) for item_id, value in self.items.items())
+        text = b"[" + b",".join(entries) + b"]"
+        if len(text) > bytes_max + 2:
+            raise self.too_large(bytes_max)
+        return text
 
     def check_size(self, bytes_max: int) -> None:
         """Refuse to read the whole group when it is too large for one answer.
@@ -243,12 +248,17 @@ class GroupState:
             LimitExceeded: `response_too_large`.
         """
         if self.bytes > bytes_max:
-            raise LimitExceeded(
-                "response_too_large",
-                f"the values of group_id {self.group_id[:100]!r} have {self.bytes} bytes,"
-                f" the limit of one answer is {bytes_max}",
-                "group_id",
-            )
+            raise self.too_large(bytes_max)
+
+    def too_large(self, bytes_max: int) -> LimitExceeded:
+        """The refusal of a read of the whole group: its values, or they with their ids, are more
+        than one answer may hold."""
+        return LimitExceeded(
+            "response_too_large",
+            f"the values of group_id {self.group_id[:100]!r} have {self.bytes} bytes,"
+            f" the limit of one answer, with what names them, is {bytes_max}",
+            "group_id",
+        )
 
     def _sync(self, join: messages.Join, now_ms: int, bytes_max: int) -> Snapshot:
         ids: bytes | None = None
@@ -260,6 +270,8 @@ class GroupState:
             data = self.values(bytes_max)
             if join.with_ids:
                 ids = _encode(list(self.items))
+                if len(ids) > bytes_max:
+                    raise self.too_large(bytes_max)
         head, resumed = self.head, None if join.since is None else False
         return Snapshot(data, head.seq, head.epoch, head.tick(now_ms), ids, resumed)
 

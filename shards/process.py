@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +33,13 @@ from shards.storage.memory import MemoryStorage
 from shards.storage.redis import RedisStorage
 from shards.storage.redis_changes import RemoteChange
 from shards.storage.redis_foreign import Foreign
-from shards.storage.sqlite import SqliteStorage
+from shards.storage.sqlite import DESCRIPTORS_PER_FILE, OPEN_FILES_MAX, SqliteStorage
 from shards.storage.survey import Survey
 
 _SWITCH_INTERVAL_S = 0.0005  # a storage thread that is back from the disk waits that long at most
+
+_OTHER_DESCRIPTORS = 200  # sockets, locks, what Python and the event loop need
+_DESCRIPTORS_LEAST = 1024  # what every system gives
 
 _log = logs.Log("shard")
 
@@ -74,7 +78,7 @@ async def serve(process: Service) -> None:
 
     storage = _storage(settings, index, changed_elsewhere, storage_state, foreign_received)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
-    requests = Requests(index, settings.shards, storage, leases)
+    requests = Requests(index, settings.shards, storage, leases, settings.limits.response_bytes_max)
     registry = _metrics(process, requests, storage)
     survey = Survey(storage.directory) if isinstance(storage, SqliteStorage) else None
     known = storage if isinstance(storage, MemoryStorage) else None
@@ -155,9 +159,25 @@ def _storage(
         directory,
         wall_clock_ms,
         history,
+        open_files_max=_open_files_max(),
         response_bytes_max=limits.response_bytes_max,
         cache_bytes_max=limits.group_cache_bytes_max,
     )
+
+
+def _open_files_max() -> int:
+    """How many stream files may be open, with the descriptors that this process may have; as many
+    as it needs where it may ask for more."""
+    wanted = 2 * OPEN_FILES_MAX * DESCRIPTORS_PER_FILE + _OTHER_DESCRIPTORS
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < wanted:
+            soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (OSError, ValueError):  # a sandbox that forbids to ask, or to change it
+        soft = _DESCRIPTORS_LEAST
+    share = (soft - _OTHER_DESCRIPTORS) // (2 * DESCRIPTORS_PER_FILE)
+    return max(1, min(OPEN_FILES_MAX, share))
 
 
 async def _drain(requests: Requests, timeout_s: float) -> None:

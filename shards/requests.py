@@ -8,7 +8,8 @@ from typing import Protocol, assert_never, get_args
 import msgspec
 
 from broker import logs, messages
-from broker.errors import BrokerError, StorageError
+from broker.config import MIB
+from broker.errors import BrokerError, LimitExceeded, StorageError
 from broker.label_counts import LabelCounts
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Trace, Welcome
@@ -77,8 +78,14 @@ class Requests:
     """The shard's side of all links: takes messages, answers, and tells who is interested."""
 
     def __init__(
-        self, shard: int, shards: int, storage: Storage, leases: Leases[GatewayLink]
+        self,
+        shard: int,
+        shards: int,
+        storage: Storage,
+        leases: Leases[GatewayLink],
+        response_bytes_max: int = 48 * MIB,
     ) -> None:
+        self._response_bytes_max = response_bytes_max
         self._shard = shard
         self._shards = shards
         self._storage = storage
@@ -363,7 +370,7 @@ class Requests:
         except StorageError as error:
             self._fail(link, call, _spanning_failure("STREAM_LIST_GROUPS_ERROR", error))
         else:
-            link.send(Reply(call.call_id, msgspec.json.encode(groups)))
+            self._send_names(link, call, msgspec.json.encode(groups))
 
     async def _list_all(self, link: GatewayLink, call: messages.ListAll) -> None:
         found: dict[str, list[str]] = {}
@@ -374,7 +381,19 @@ class Requests:
         except StorageError as error:
             self._fail(link, call, _spanning_failure("STREAM_LIST_ALL_ERROR", error))
         else:
-            link.send(Reply(call.call_id, msgspec.json.encode(found)))
+            self._send_names(link, call, msgspec.json.encode(found))
+
+    def _send_names(
+        self, link: GatewayLink, call: messages.ListGroups | messages.ListAll, text: bytes
+    ) -> None:
+        if len(text) > self._response_bytes_max:
+            message = (
+                f"the names have {len(text)} bytes in shard {self._shard},"
+                f" the limit of one answer is {self._response_bytes_max}"
+            )
+            self._fail(link, call, LimitExceeded("response_too_large", message))
+        else:
+            link.send(Reply(call.call_id, text))
 
     def _check_ops(self, link: GatewayLink, call: messages.CheckOps) -> None:
         try:

@@ -100,18 +100,21 @@ class Pending:
         """Whether it is time to write the tables."""
         return self._count >= CHANGES_MAX or self._bytes >= BYTES_MAX
 
-    def over_items(self, group_key: int, found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    def over_items(
+        self, group_key: int, found: Iterable[tuple[str, bytes]]
+    ) -> Iterable[tuple[str, bytes]]:
         """All items of a group, in order of first insertion, given what its table holds."""
-        if group_key not in self._changes:
-            return found
-        items = dict(found)
-        for key, item_id in self.deleted:
-            if key == group_key:
-                items.pop(item_id, None)
-        for (key, item_id), value in self.items.items():
-            if key == group_key:
-                items[item_id] = value
-        return list(items.items())
+        return self._over(group_key, found) if group_key in self._changes else found
+
+    def _over(
+        self, group_key: int, found: Iterable[tuple[str, bytes]]
+    ) -> Iterator[tuple[str, bytes]]:
+        deleted = {item_id for key, item_id in self.deleted if key == group_key}
+        items = {i: value for (key, i), value in self.items.items() if key == group_key}
+        for item_id, value in found:
+            if item_id not in deleted:
+                yield item_id, items.pop(item_id, value)
+        yield from items.items()
 
     def over_groups(self, group_ids: list[str]) -> list[str]:
         """The ids of the groups that have items, given those of the table."""

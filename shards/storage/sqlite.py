@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from broker import logs, messages
 from broker.clock import Clock
 from broker.config import FILE_PATH_KEY
@@ -41,15 +43,23 @@ from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
 from shards.storage.pending import Commit, GroupRow, Trim
-from shards.storage.sqlite_file import Connect, StreamFile, connect_file, failure, stream_name
+from shards.storage.sqlite_file import (
+    Connect,
+    StreamFile,
+    closed_groups,
+    connect_file,
+    failure,
+    stream_name,
+)
 from shards.storage.threads import Threads
 
 THREADS = 4
 FLUSH_AFTER_S = 0.25
 """So long at most a change is in a stream's journal and not in its tables."""
-OPEN_FILES_MAX = 256
-"""Stream files kept open per shard, and streams in use at once; a file costs three descriptors. As
-many again may be open while their disk fails."""
+OPEN_FILES_MAX = 512
+"""Stream files kept open per shard, and streams in use at once. As many again may be open while
+their disk fails. A file costs `DESCRIPTORS_PER_FILE`, and about 200 KB of memory."""
+DESCRIPTORS_PER_FILE = 3
 GROUP_OVERHEAD_BYTES = 1000
 LARGE_SHARE = 16
 """A group larger than the cache's limit divided by this is not cached whole."""
@@ -151,9 +161,11 @@ class SqliteStorage:
         *,
         response_bytes_max: int,
         cache_bytes_max: int,
+        open_files_max: int = OPEN_FILES_MAX,
         connect: Connect = connect_file,
     ) -> None:
         self.directory = directory
+        self._open_files_max = open_files_max
         self._connect = connect
         self._history_limits = history_limits
         self._clock = clock
@@ -173,7 +185,8 @@ class SqliteStorage:
         self._epoch = new_epoch()  # of groups that were never written
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
-        self._in_use = asyncio.Semaphore(OPEN_FILES_MAX)
+        self._in_use = asyncio.Semaphore(open_files_max)
+        self._opening = 0  # files that are not open yet
         self._threads = Threads(THREADS, "storage")
         self._tasks = Tasks()
 
@@ -224,16 +237,24 @@ class SqliteStorage:
 
     async def streams(self) -> list[str]:
         known = {name for name, stream in self._streams.items() if stream.groups}
-        for path in await self._in_thread(lambda: sorted(self.directory.glob("*.db"))):
+        return list(known | await self._in_thread(self._streams_on_disk))
+
+    def _streams_on_disk(self) -> set[str]:
+        names = set()
+        for path in self.directory.glob("*.db"):
             name = stream_of_file_name(path.stem)
             if name is None:
-                name = await self._in_thread(partial(stream_name, path))
+                name = stream_name(path)
             if name is not None:
-                known.add(name)
-        return list(known)
+                names.add(name)
+        return names
 
     async def groups(self, stream: str) -> list[str]:
         async with self._use(stream) as state:
+            if state.file is None:  # whoever lists all would open and close all files otherwise
+                found = await self._in_thread(partial(closed_groups, state.path, stream))
+                if found is not None:
+                    return found
             file = await self._file(state, create=False)
             return [] if file is None else await self._in_thread(file.groups)
 
@@ -389,11 +410,19 @@ class SqliteStorage:
             return refusal, group
         file = await self._file(state, create=False)
         assert file is not None, "a large group is in a file"
-        group.items = dict(await self._in_thread(lambda: file.all_items(group.row)))
-        try:
-            return attempt(group, operation, now_ms, self._response_bytes_max), group
-        finally:
-            group.items = {}
+        entries = isinstance(operation, messages.List) and operation.with_ids
+        ids = isinstance(operation, messages.Join) and operation.with_ids
+        read = partial(file.whole_group, entries=entries, ids=ids)
+        found = await self._in_thread(lambda: read(group.row, self._response_bytes_max))
+        if found is None:
+            return group.too_large(self._response_bytes_max), group
+        data, ids_text = found
+        if not isinstance(operation, messages.Join):
+            return Done(data), group
+        with_data = msgspec.structs.replace(operation, data=data)
+        outcome = attempt(group, with_data, now_ms, self._response_bytes_max)
+        assert isinstance(outcome, Snapshot), "nothing is left that could be refused, or resumed"
+        return msgspec.structs.replace(outcome, ids=ids_text), group
 
     def _group_of(self, state: _Stream, row: GroupRow) -> GroupState:
         timestamp_ms = max(row.timestamp_ms, self._forgotten_timestamp_ms)
@@ -441,11 +470,15 @@ class SqliteStorage:
             if not create and not await self._in_thread(state.path.exists):
                 return None
             await self._make_room()
-            state.file = await self._in_thread(
-                lambda: StreamFile(
-                    state.path, state.name, self._history_limits, connect=self._connect
+            self._opening += 1
+            try:
+                state.file = await self._in_thread(
+                    lambda: StreamFile(
+                        state.path, state.name, self._history_limits, connect=self._connect
+                    )
                 )
-            )
+            finally:
+                self._opening -= 1
             self._flush_later(state)
         self._open_files[state.name] = state
         self._open_files.move_to_end(state.name)
@@ -458,7 +491,7 @@ class SqliteStorage:
         what was committed, as long as the disk fails.
         """
         for state in list(self._open_files.values()):
-            if len(self._open_files) < OPEN_FILES_MAX:
+            if len(self._open_files) + self._opening < self._open_files_max:
                 return
             if state.file is None or not state.use_now():
                 continue
@@ -466,7 +499,7 @@ class SqliteStorage:
                 await self._close_file(state)
             finally:
                 self._release(state)
-        if len(self._open_files) >= 2 * OPEN_FILES_MAX:
+        if len(self._open_files) + self._opening >= 2 * self._open_files_max:
             raise StorageError(
                 "storage_failed",
                 f"the disk of {self.directory} fails: too many files wait for it",
