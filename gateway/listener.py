@@ -39,7 +39,8 @@ class Listener(ABC):
         self.message_bytes_max = message_bytes_max
         self.send_queue_bytes_max = send_queue_bytes_max
         self.limits = limits
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
+        """Those that are there, in the order in which they came."""
         self.stopping = False
         self.connections_total = 0
         self.refused_total: dict[str, int] = {}
@@ -111,7 +112,7 @@ class Listener(ABC):
 
     def connected(self, connection: Connection) -> None:
         self.connections_total += 1
-        self.connections.add(connection)
+        self.connections[connection] = None
         if self.stopping or len(self.connections) > self.limits.connections_max:
             connection.abort()
 
@@ -126,7 +127,7 @@ class Listener(ABC):
             connection.flush()
 
     def disconnected(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         self._pinged.pop(connection, None)
         if host := connection.counted_address:
             self._by_address[host] -= 1

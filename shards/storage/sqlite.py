@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -34,6 +34,7 @@ from shards.group import (
     Head,
     Kind,
     Operation,
+    Resumed,
     Snapshot,
     attempt,
     new_epoch,
@@ -215,13 +216,13 @@ class SqliteStorage:
         """Nothing to do: nobody else changes it."""
 
     async def streams(self) -> list[str]:
-        known = {name for name, stream in self._streams.items() if stream.groups}
+        known = {name: None for name, stream in self._streams.items() if stream.groups}
         for path in await self._in_thread(lambda: sorted(self._directory.glob("*.db"))):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = await self._in_thread(partial(stream_name, path))
             if name is not None:
-                known.add(name)
+                known[name] = None
         return list(known)
 
     async def groups(self, stream: str) -> list[str]:
@@ -281,12 +282,12 @@ class SqliteStorage:
         if changes.groups:
             await self._commit(state, changes, now_ms)
         await self._reserve(settled)
-        self._account(state, {operation.group_id for operation in operations})
+        self._account(state, dict.fromkeys(operation.group_id for operation in operations))
         return settled
 
     async def _load(self, state: _Stream, operations: Sequence[Operation]) -> None:
         """Bring in the groups and items that `operations` need."""
-        unknown = {o.group_id for o in operations if o.group_id not in state.groups}
+        unknown = dict.fromkeys(o.group_id for o in operations if o.group_id not in state.groups)
         wanted: dict[str, set[str]] = {}
         for operation in operations:
             item_id = getattr(operation, "item_id", None)
@@ -299,7 +300,9 @@ class SqliteStorage:
         rows = await self._in_thread(lambda: file.group_rows(list(unknown))) if file else []
         for row in rows:
             state.groups[row.group_id] = self._group_of(state, row)
-        for group_id in unknown - {row.group_id for row in rows}:
+        for group_id in unknown:
+            if group_id in state.groups:
+                continue
             head = Head(self._epoch, 0, self._forgotten_timestamp_ms)
             state.groups[group_id] = GroupState(state.name, group_id, head)
         if file is None:
@@ -343,8 +346,10 @@ class SqliteStorage:
         return group
 
     async def _reserve(self, settled: list[Settled]) -> None:
-        """Have the timestamps of syncs, which no commit holds, remembered past a crash."""
-        latest = max((o.timestamp_ms for o, _ in settled if isinstance(o, Snapshot)), default=0)
+        """Have the timestamps of syncs and resumes, which no commit holds, remembered past a
+        crash."""
+        answers = (o for o, _ in settled if isinstance(o, Snapshot | Resumed))
+        latest = max((answer.timestamp_ms for answer in answers), default=0)
         clock_file = self._clock_file
         clock_file.latest_ms = max(clock_file.latest_ms, latest)
         if latest > clock_file.reserved_ms:
@@ -437,8 +442,8 @@ class SqliteStorage:
     def _size(self, group: GroupState) -> int:
         return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
 
-    def _account(self, state: _Stream, group_ids: set[str]) -> None:
-        """Count what the groups hold now."""
+    def _account(self, state: _Stream, group_ids: Iterable[str]) -> None:
+        """Count what the groups hold now, in the order of their use."""
         for group_id in group_ids:
             group = state.groups[group_id]
             if not group.row:  # only ever looked at
