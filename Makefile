@@ -1,8 +1,8 @@
-# make setup | run | test | lint | bench; every target sets up what it needs.
+# make setup | run | test | lint | bench | sim; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench
+.PHONY: setup run test lint bench sim
 
 setup: .venv/.installed
 
@@ -26,6 +26,10 @@ lint: .venv/.installed-dev
 
 bench: setup
 	$(BIN)/python -m bench.set_throughput
+
+# One of them again, with its log: .venv/bin/python -m tests.sim --seed 7 --verbose
+sim: .venv/.installed-dev
+	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),1000)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

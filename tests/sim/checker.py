@@ -55,7 +55,8 @@ from tests.sim.history import (
 from tests.sim.order import Impossible, Placed, Searched, explained, placed_wrongly
 
 FAULT_REACH_S = 10.0
-"""A fault may have taken the triggers of calls that ended so long before it at most."""
+"""A fault may have taken the triggers of calls that ended so long before it at most, unless `check`
+is told otherwise."""
 
 GroupKey = tuple[str, str]
 
@@ -90,9 +91,13 @@ class Report(msgspec.Struct):
         return "\n".join(map(str, self.violations)) or "nothing wrong"
 
 
-def check(records: Iterable[Record]) -> Report:
-    """Judge a run."""
-    return _Check(records).report
+def check(records: Iterable[Record], fault_reach_s: float = FAULT_REACH_S) -> Report:
+    """Judge a run.
+
+    Args:
+        fault_reach_s: how long after its answer a change may be on the way to its triggers.
+    """
+    return _Check(records, fault_reach_s).report
 
 
 class _Group:
@@ -134,8 +139,9 @@ class _Group:
 
 
 class _Check:
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], fault_reach_s: float) -> None:
         self.report = Report()
+        self._fault_reach_s = fault_reach_s
         self._groups: dict[GroupKey, _Group] = {}
         self._subscribers: dict[str, list[Join | Frame | Leave]] = {}
         self._caught: set[str] = set()
@@ -338,10 +344,10 @@ class _Check:
             call = group.made_by(told)
             if call is None or call.outcome != "ok" or call.ended is None:
                 continue
-            if call.began < session.at or call.ended + FAULT_REACH_S > (session.until or inf):
+            if call.began < session.at or call.ended + self._fault_reach_s > (session.until or inf):
                 continue
             if not any(
-                call.began <= fault.at <= call.ended + FAULT_REACH_S
+                call.began <= fault.at <= call.ended + self._fault_reach_s
                 and (fault.groups is None or group.key in fault.groups)
                 for fault in self._faults
             ):
@@ -660,12 +666,20 @@ def _after(call: Call, found: Any) -> Any:
             case "increment":
                 value[path] = value.get(path, 0) + op["by"]
             case "append":
-                value[path] = [*value.get(path, []), op["value"]]
+                value[path] = _appended(value.get(path), op["value"])
             case "remove":
                 value.pop(path, None)
             case other:
                 raise ValueError(f"the checker does not know the op {other}")
     return value
+
+
+def _appended(target: Any, added: Any) -> Any:
+    if isinstance(target, list):
+        return [*target, added]
+    if target is None:
+        return added if isinstance(added, str) else [added]
+    return target + added
 
 
 def _epoch(group: _Group, epoch: str, seq: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.sim import history
+from tests.sim import history, order
 from tests.sim.checker import Report, check
 from tests.sim.history import (
     Call,
@@ -555,8 +555,10 @@ def test_calls_that_can_stand_in_several_places_take_what_is_left() -> None:
     assert list(placed_wrongly([write, call("q", 0, 1, (3, 3))]))
 
 
-def test_a_search_that_is_too_long_decides_nothing() -> None:
-    def impossible(state: Any) -> Any:
+def test_a_search_that_is_too_long_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "STEPS_MAX", 1000)
+
+    def impossible(_: Any) -> Any:
         raise Impossible
 
     calls = [Searched(0, 99, partial(_noted, number), True) for number in range(12)]
