@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import count
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
+from broker.errors import StorageError
 from broker.messages import AddTrigger, Event, Get
 from gateway.hub import Hub, Subscription
 from gateway.invocations import Invocations
@@ -19,27 +20,29 @@ from shards.requests import Requests
 from shards.storage.base import Settled
 from shards.storage.clock_file import ClockFile
 from shards.storage.sqlite import SqliteStorage
+from shards.storage.sqlite_file import StreamFile
 from shards.triggers import Triggers
+from tests.sim.loop import SimLoop
 
 
 @contextmanager
 def answer_before_commit() -> Iterator[None]:
-    """Writes are answered and told while the commit is still under way."""
-    commit = SqliteStorage._commit
+    """Writes are answered and told a moment before they are committed."""
+    commit = StreamFile.commit
 
-    async def later(self: SqliteStorage, *given: Any) -> None:
-        self._tasks.start(_alone(self, commit(self, *given)))
+    def commit_later(self: StreamFile, *given: Any) -> None:
+        world = cast(SimLoop, asyncio.get_running_loop()).world
+        process = world.working
+        assert process is not None, "a thread of it called"
 
-    async def _alone(self: SqliteStorage, work: Any) -> None:
-        while getattr(self, "committing", False):  # one after the other, all the same
-            await asyncio.sleep(0.0001)
-        self.committing = True  # type: ignore[attr-defined]
-        try:
-            await work
-        finally:
-            self.committing = False  # type: ignore[attr-defined]
+        def work() -> None:
+            if not process.dead:
+                with suppress(StorageError):
+                    commit(self, *given)
 
-    with mock.patch.object(SqliteStorage, "_commit", later):
+        world.after(0.01, work)
+
+    with mock.patch.object(StreamFile, "commit", commit_later):
         yield
 
 

@@ -16,6 +16,7 @@ from asyncio.events import _set_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 STEP_S = 1e-6
@@ -56,6 +57,8 @@ class World:
         self.listeners: dict[str, Listener] = {}
         self.loops: list[SimLoop] = []
         self.stopped = False
+        self.working: SimLoop | None = None
+        """The process of which a thread did something last."""
         self.connect = connect
         self._timers: list[tuple[float, int, asyncio.Handle | _Call]] = []
         self._number = 0
@@ -157,7 +160,7 @@ class Listener:
 
 
 class ListeningSocket:
-    """Stands for a TCP socket that listens at an address."""
+    """Stands for a socket that listens at an address."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -246,25 +249,30 @@ class SimLoop(asyncio.AbstractEventLoop):
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> asyncio.Future[Any]:
         future = self.create_future()
-        self.might_die()
-        self.world.after(self._work_time(), self._work, future, func, args)
+        self.in_thread(partial(func, *args), partial(_settle, future))
         return future
 
-    def _work(
-        self, future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...]
+    def in_thread(
+        self, work: Callable[[], Any], told: Callable[[Any, Exception | None], None] | None
     ) -> None:
-        """What a thread does: all of it at one moment, told at a later one."""
+        """Have a thread do `work`: all of it at one moment; `told` is called at a later one with
+        what it returned or raised."""
+        self.might_die()
+        self.world.after(self._work_time(), self._work, work, told)
+
+    def _work(
+        self, work: Callable[[], Any], told: Callable[[Any, Exception | None], None] | None
+    ) -> None:
         if self.dead:
             return
         result, error = None, None
+        self.world.working = self
         try:
-            result = func(*args)
-        except Exception as raised:  # noqa: BLE001 - whatever it is, the future has it
+            result = work()
+        except Exception as raised:  # noqa: BLE001 - whoever is told has it
             error = raised
-        self.world.after(self._work_time(), self._worked, future, result, error)
-
-    def _worked(self, future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-        self.call_soon(_settle, future, result, error)
+        if told is not None:
+            self.world.after(self._work_time(), self.call_soon, told, result, error)
 
     def _work_time(self) -> float:
         short, long = WORK_S
@@ -276,12 +284,18 @@ class SimLoop(asyncio.AbstractEventLoop):
         return await self.connect(protocol_factory, path)
 
     async def create_unix_server(  # type: ignore[override]
-        self, protocol_factory: Callable[[], Any], path: str, **_: Any
+        self, protocol_factory: Callable[[], Any], *, sock: ListeningSocket, **_: Any
     ) -> Listener:
-        return Listener(self, path, protocol_factory)
+        return Listener(self, sock.address, protocol_factory)
 
     async def create_server(  # type: ignore[override]
-        self, protocol_factory: Callable[[], Any], *, sock: ListeningSocket, **_: Any
+        self,
+        protocol_factory: Callable[[], Any],
+        host: None = None,
+        port: None = None,
+        *,
+        sock: ListeningSocket,
+        **_: Any,
     ) -> Listener:
         return Listener(self, sock.address, protocol_factory)
 

@@ -1,9 +1,8 @@
-"""The broker's processes in a simulated world: the real parts, started as `process.py` does it."""
+"""The broker's processes in a simulated world: real, but for what they ask of the system."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import random
 import shutil
@@ -11,112 +10,59 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
-import msgspec
+from msgspec import structs
 
-from broker import service
-from broker.config import Config
-from broker.link import Link
-from broker.link_protocol import shard_reader
-from gateway.process import Gateway
-from shards.group import Change
-from shards.history import HistoryLimits
-from shards.leases import Leases
-from shards.requests import GatewayLink, Requests
+import gateway.process
+import shards.process
+from broker import locks, service
+from broker.config import Config, KvAdapter
+from broker.service import Ready, Service
+from shards.group import Change, Done, GroupState
 from shards.storage import sqlite
-from shards.storage.sqlite_file import Batch, StreamFile, failure
 from tests.sim.loop import ListeningSocket, SimLoop, World
 from tests.sim.peers import STREAM_PORT, WORKER_PORT
 
-_decode = msgspec.msgpack.Decoder(list[Change]).decode
-
-Committed = Callable[[str, str, Change], None]
-"""Told of each change that is on disk: stream, group, change."""
+Made = Callable[[str, str, Change], None]
+"""Told of each change that is about to be committed: stream, group, change."""
 
 
 class Machine:
     """What all processes of the broker share: the wall clock, and the disk with its faults.
 
-    full: the disk takes nothing. failing: it fails in the middle of some commits.
+    full: the disk takes nothing. failing: half of all commits fail at their end.
     """
 
-    def __init__(self, world: World, committed: Committed) -> None:
+    def __init__(self, world: World, made: Made) -> None:
         self.world = world
-        self.committed = committed
+        self.made = made
         self.offset_s = 1.7e9
         self.full = False
         self.failing = False
+        self.files: list[sqlite3.Connection] = []
 
-    def wall_clock_ms(self) -> int:
-        """The wall clock, as `broker.clock`."""
-        return int((self.world.now + self.offset_s) * 1000)
+    def wall_clock_s(self) -> float:
+        """The wall clock."""
+        return self.world.now + self.offset_s
 
+    def write_to_disk(self, sql: str) -> None:
+        """A statement writes.
 
-class Disk:
-    """Opens stream files that fail when the machine's disk does, and say what they have written."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.files: list[StreamFile] = []
-
-    def open(self, path: Path, stream: str) -> StreamFile:
-        """As `StreamFile`; raises StorageError."""
-        if self.machine.full:
-            raise failure(path, OSError(errno.ENOSPC, "No space left on device"))
-        file = _File(path, stream)
-        file.bind(self, stream)
-        self.files.append(file)
-        return file
-
-
-class _File(StreamFile):
-    def bind(self, disk: Disk, stream: str) -> None:
-        self._disk = disk
-        self._stream = stream
-
-    def commit(self, batch: Batch) -> None:
-        machine = self._disk.machine
-        if machine.full:
-            raise failure(self._path, sqlite3.OperationalError("database or disk is full"))
-        if machine.failing and machine.world.rng.random() < 0.5:
-            self._connection = _Failing(self._connection)  # type: ignore[assignment]
-        super().commit(batch)
-        groups = {row.id: row.group_id for row in batch.groups}
-        for row in batch.history:
-            for change in _decode(row.changes):
-                machine.committed(self._stream, groups[row.group_key], change)
-
-
-class _Failing:
-    """A connection whose commit fails when all but the end of it was done."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, *parameters: Any) -> Any:
-        if sql == "COMMIT":
+        Raises:
+            sqlite3.OperationalError: the disk does not take it.
+        """
+        if self.full:
+            raise sqlite3.OperationalError("database or disk is full")
+        # What begins a transaction, or is none of its own, is no commit.
+        ends = sql == "COMMIT" or sql.startswith("INSERT INTO journal")
+        if ends and self.failing and self.world.rng.random() < 0.5:
             raise sqlite3.OperationalError("disk I/O error")
-        return self._connection.execute(sql, *parameters)
-
-    def close(self) -> None:
-        self._connection.close()
 
 
-class _Threads:
-    """Stands for a pool of threads of a process."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, SimLoop)
-        self._loop = loop
-
-    def submit(self, work: Callable[[], Any]) -> None:
-        """Do it some time."""
-        self._loop.run_in_executor(self, work)
+_WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN", "COMMIT", "CREATE")
 
 
 class Process:
@@ -126,8 +72,9 @@ class Process:
         self.machine = machine
         self.name = name
         self.loop: SimLoop | None = None
-        self.killed: Callable[[Process], None] = lambda _: None
-        """Told when it died."""
+        self.ended: Callable[[Process, str], None] = lambda *_: None
+        """Told when a life is over, and how it ended."""
+        self._service: _Service | None = None
 
     @property
     def lives(self) -> bool:
@@ -136,33 +83,67 @@ class Process:
     def start(self) -> None:
         """Begin a life; nothing when it lives."""
         if not self.lives:
+            self._service = None
             self.loop = SimLoop(self.machine.world, self.name)
             self.loop.killed = self.kill
             self.loop.call_soon(self._begin)
 
-    def kill(self) -> None:
-        """End it."""
+    def stop(self) -> None:
+        """Tell it to stop, as by SIGTERM."""
+        if self.lives and self.loop is not None and self._service is not None:
+            self.loop.call_soon(self._service.stop)
+
+    def kill(self, how: str = "kill") -> None:
+        """End it, as by SIGKILL."""
         if self.lives:
             assert self.loop is not None, "it lives"
             self.loop.kill()
-            self.killed(self)
+            self.ended(self, how)
 
     def _begin(self) -> None:
         assert self.loop is not None, "it was made"
-        self.loop.create_task(self._run()).add_done_callback(_ended)
+        settings, index, serve = self._main()
+        self._service = _Service(self.name, settings, index)
+        served = serve(cast(Service, self._service))
+        self.loop.create_task(served).add_done_callback(self._served)
 
-    async def _run(self) -> None:
+    def _served(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            context = {"message": "the process failed", "exception": error}
+            task.get_loop().call_exception_handler(context)
+        self.kill("exit")
+
+    def _main(self) -> tuple[Config, int, service.Serve]:
+        """With what settings and number this life runs, and what it runs."""
         raise NotImplementedError
 
 
-def _ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler({"message": "a process failed", "exception": error})
+class _Service:
+    """What a process is handed, as `broker.service.Service`, which says nothing to anyone."""
+
+    tracing = None
+    restarts = 0
+    exit_code = 0
+    on_reload: Callable[[Config], None] | None = None
+
+    def __init__(self, name: str, settings: Config, index: int) -> None:
+        self.name = name
+        self.config = settings
+        self.index = index
+        self.stopping = asyncio.Event()
+
+    def ready(self, _: Ready) -> None:
+        """Nobody waits for it."""
+
+    def stop(self) -> None:
+        """Begin to stop."""
+        self.stopping.set()
 
 
 class Shard(Process):
-    """A shard: storage, requests, its end of the link. Each life finds the files of the last one
-    as they were when it was killed, in a folder of their own."""
+    """A shard. Each life finds the files of the last one as that left them, in a folder of its
+    own: nothing closes them when it is killed."""
 
     def __init__(self, machine: Machine, index: int, settings: Config, folder: Path) -> None:
         super().__init__(machine, f"shard {index}")
@@ -170,91 +151,115 @@ class Shard(Process):
         self._settings = settings
         self._folder = folder
         self._number = 0
-        self._disk = Disk(machine)
 
-    async def _run(self) -> None:
-        settings, limits = self._settings, self._settings.limits
-        life = self._folder / f"{self.index}.{self._number}"
+    def _main(self) -> tuple[Config, int, service.Serve]:
+        path = self._folder / f"{self.index}.{self._number}"
+        if self._number:
+            shutil.copytree(self._folder / f"{self.index}.{self._number - 1}", path)
         self._number += 1
-        if self._number > 1:
-            shutil.copytree(self._folder / f"{self.index}.{self._number - 2}", life)
-        history = HistoryLimits(
-            limits.history_events_max,
-            limits.history_age_s_max * 1000,
-            limits.history_group_bytes_max,
-            limits.history_bytes_max,
-        )
-        with mock.patch.object(sqlite, "ThreadPoolExecutor", _Threads):
-            storage = sqlite.SqliteStorage(
-                life,
-                self.machine.wall_clock_ms,
-                history,
-                response_bytes_max=limits.response_bytes_max,
-                cache_bytes_max=limits.group_cache_bytes_max,
-            )
-        await storage.open()
-        leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, limits.leave_wait_s)
-        requests = Requests(self.index, settings.shards, storage, leases)
-        await asyncio.get_running_loop().create_unix_server(
-            partial(
-                Link, requests, shard_reader, limits.link_queue_bytes_max, pause_when_full=True
-            ),
-            str(service.shard_socket(settings, self.index)),
-        )
-
-    def open_file(self, path: Path, stream: str) -> StreamFile:
-        """What the storage opens a stream's file with."""
-        return self._disk.open(path, stream)
-
-    def close_files(self) -> None:
-        """Let go of the files of all lives."""
-        for file in self._disk.files:
-            file.close()
+        settings = structs.replace(self._settings, adapter=KvAdapter(file_path=str(path)))
+        return settings, self.index, shards.process.serve
 
 
 class GatewayProcess(Process):
-    """The gateway: all its parts, both ports."""
+    """The gateway."""
 
     def __init__(self, machine: Machine, settings: Config) -> None:
         super().__init__(machine, "gateway")
         self._settings = settings
-        self.gateway: Gateway | None = None
 
-    async def _run(self) -> None:
-        gateway = self.gateway = Gateway(self._settings)
+    def _main(self) -> tuple[Config, int, service.Serve]:
+        return self._settings, 0, gateway.process.serve
+
+
+class _Threads:
+    """Stands for the storage's threads."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
         loop = asyncio.get_running_loop()
-        loop.create_task(gateway.links.run()).add_done_callback(_ended)
-        while not gateway.links.ready:
-            await asyncio.sleep(0.01)
-        await gateway.worker_port.start(ListeningSocket(WORKER_PORT), None)  # type: ignore[arg-type]
-        await gateway.stream_port.start(ListeningSocket(STREAM_PORT), None)  # type: ignore[arg-type]
-        for port in (gateway.worker_port, gateway.stream_port):
-            loop.create_task(port.watch()).add_done_callback(_ended)
+        assert isinstance(loop, SimLoop)
+        self._loop = loop
+
+    def submit(self, work: Callable[[], Any], told: Any = None) -> None:
+        """Do it some time."""
+        self._loop.in_thread(work, told)
+
+    async def run(self, work: Callable[[], Any]) -> Any:
+        """Do it; what it returns or raises."""
+        return await self._loop.run_in_executor(None, work)
+
+    def shutdown(self) -> None:
+        """There are none."""
+
+    close = shutdown
+
+
+_THREADS = ("Threads", "ThreadPoolExecutor")
+"""Names of what the storage has its blocking work done by."""
+
+
+class _Lock(int):
+    """Stands for the descriptor of a lock; nobody else runs a broker here."""
 
 
 @contextmanager
-def nothing_by_chance(machine: Machine, shards: list[Shard]) -> Iterator[None]:
-    """Within it the clocks are the machine's, and what the system draws comes from the seed."""
+def nothing_by_chance(machine: Machine) -> Iterator[None]:
+    """Within it what is asked of the system comes from the seed: clocks, randomness, sockets,
+    threads, locks, and the faults of SQLite's disk."""
     world = machine.world
     rng = random.Random(world.rng.random())
+    connect, close, evaluate = sqlite3.connect, os.close, GroupState.evaluate
 
-    def urandom(count: int) -> bytes:
-        return rng.randbytes(count)
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql.startswith(_WRITES):
+                machine.write_to_disk(sql)
+            return super().execute(sql, *parameters)
 
-    def open_file(path: Path, stream: str) -> StreamFile:
-        index = int(path.parent.name.partition(".")[0])
-        return shards[index].open_file(path, stream)
+        def executescript(self, sql: str) -> sqlite3.Cursor:
+            machine.write_to_disk(sql)
+            return super().executescript(sql)
 
-    patches = (
-        (time, "time", lambda: machine.wall_clock_ms() / 1000),
-        (time, "time_ns", lambda: machine.wall_clock_ms() * 1_000_000),
+    def connect_here(*given: Any, **more: Any) -> sqlite3.Connection:
+        connection = connect(*given, factory=Connection, **more)
+        machine.files.append(connection)
+        return connection
+
+    def evaluate_here(self: GroupState, operation: Any, *given: Any) -> Any:
+        outcome = evaluate(self, operation, *given)
+        if isinstance(outcome, Done) and outcome.change is not None:
+            machine.made(operation.stream, operation.group_id, outcome.change)
+        return outcome
+
+    def listening_socket(_: str, port: int, *__: Any, **___: Any) -> ListeningSocket:
+        return ListeningSocket({3112: STREAM_PORT, 49134: WORKER_PORT}.get(port, f"port {port}"))
+
+    def close_here(descriptor: int) -> None:
+        if not isinstance(descriptor, _Lock):
+            close(descriptor)
+
+    patches: tuple[tuple[Any, str, Any], ...] = (
+        (time, "time", machine.wall_clock_s),
+        (time, "time_ns", lambda: int(machine.wall_clock_s() * 1000) * 1_000_000),
         (time, "monotonic", lambda: world.now),
         (time, "perf_counter", lambda: world.now),
-        (os, "urandom", urandom),
-        (random, "_urandom", urandom),
-        (sqlite, "StreamFile", open_file),
+        (os, "urandom", rng.randbytes),
+        (random, "_urandom", rng.randbytes),
+        (os, "close", close_here),
+        (locks, "take", lambda *_: _Lock()),
+        (service, "listening_socket", listening_socket),
+        (service, "unix_socket", lambda path, *_: ListeningSocket(str(path))),
+        *((sqlite, name, _Threads) for name in _THREADS if hasattr(sqlite, name)),
+        (sqlite3, "connect", connect_here),
+        (GroupState, "evaluate", evaluate_here),
     )
     with ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
+        stack.callback(_close, machine.files)
         yield
+
+
+def _close(files: list[sqlite3.Connection]) -> None:
+    for file in files:
+        file.close()

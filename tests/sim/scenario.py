@@ -72,9 +72,9 @@ class _Run:
         self._tell = tell
         self.records: list[Record] = []
         self.stuck: list[Violation] = []
-        self.committed: dict[tuple[str, str], list[Told]] = {}
-        self.machine = Machine(self.world, self._on_disk)
-        self.settings = _settings(rng)
+        self.made: dict[tuple[str, str, int], Told] = {}
+        self.machine = Machine(self.world, self._made)
+        self.settings = _settings(rng, folder)
         self.places = tuple(
             Place(f"s{stream}", f"g{group}", ("a", "b", "c")[: rng.randint(1, 3)])
             for stream in range(rng.randint(1, 2))
@@ -93,7 +93,7 @@ class _Run:
         self.gateway = GatewayProcess(self.machine, self.settings)
         self.processes: list[Process] = [*self.shards, self.gateway]
         for process in self.processes:
-            process.killed = self._died
+            process.ended = self._ended
         self.workers = [Worker(self.world, f"w{n}", self.script) for n in range(rng.randint(1, 4))]
         self.clients = [
             Client(self.world, f"c{n}", self.script, steady=n == 0)
@@ -103,14 +103,10 @@ class _Run:
         self.resting = False
 
     def result(self) -> Result:
-        try:
-            with nothing_by_chance(self.machine, self.shards):
-                self._begin()
-                self.world.run()
-                self.world.close()
-        finally:
-            for shard in self.shards:
-                shard.close_files()
+        with nothing_by_chance(self.machine):
+            self._begin()
+            self.world.run()
+            self.world.close()
         report = check(self.records, FAULT_REACH_S)
         report.violations[:0] = [
             *self.stuck,
@@ -156,6 +152,7 @@ class _Run:
             self._kill_shard: 6,
             self._kill_gateway: 3,
             self._kill_all: 1,
+            self._stop: 2,
             self._cut_link: 3,
             self._slow_down: 2,
             self._pause: 2,
@@ -186,8 +183,14 @@ class _Run:
         else:
             process.loop.dies_in = self.rng.randint(1, 60)
 
-    def _died(self, process: Process) -> None:
-        self._fault(f"kill {process.name}", process)
+    def _stop(self) -> None:
+        """In order: whatever was asked is finished, within a time."""
+        process = self.rng.choice(self.processes)
+        self._fault(f"stop {process.name}", process)
+        process.stop()
+
+    def _ended(self, process: Process, how: str) -> None:
+        self._fault(f"{how} {process.name}", process)
         if self.rng.random() < 0.4:
             self._set_clock()
         self.world.after(0.02 + 2 * self.rng.random() ** 2, process.start)
@@ -196,7 +199,8 @@ class _Run:
         links = self._connections("/")
         if links:
             link = self.rng.choice(links)
-            self._fault(f"cut {link.address}", self._shard_at(link))
+            shard = self._shard_at(link)
+            self._fault(f"cut {shard.name}", shard)
             link.cut()
 
     def _slow_down(self) -> None:
@@ -204,7 +208,7 @@ class _Run:
         if connections:
             connection = self.rng.choice(connections)
             connection.slowness = 10 ** (1 + 1.5 * self.rng.random())
-            self._note(f"slow {connection.address} {connection.slowness:.0f}")
+            self._note(f"slow {connection.client.loop.name} {connection.slowness:.0f}")
             if connection.address in (STREAM_PORT, WORKER_PORT):
                 self._peer_of(connection).disturbed()
             self.world.after(3 * self.rng.random(), self._as_usual, connection)
@@ -280,7 +284,7 @@ class _Run:
         self._mend_disk()
         for process in self.processes:
             if process.lives and process.loop is not None:
-                process.loop.dies_in = 0
+                process.loop.dies_in = 0  # also of those that are stopping: they are started again
                 process.loop.resume()
         for connection in self.network.open():
             connection.slowness = 1.0
@@ -291,8 +295,6 @@ class _Run:
 
     def _look(self, until: float) -> None:
         busy = [p.name for p in self.processes if not p.lives]
-        if (gateway := self.gateway.gateway) is not None and gateway.triggers.conditions_waiting:
-            busy.append("conditions")
         busy += [w.name for w in self.workers if not w.idle]
         busy += [c.name for c in self.clients if not c.idle]
         if busy and self.world.now < until:
@@ -336,7 +338,9 @@ class _Run:
             ]
         self._record(Fault(at=self.world.now, what=what, groups=groups))
 
-    def _on_disk(self, stream: str, group: str, change: Change) -> None:
+    def _made(self, stream: str, group: str, change: Change) -> None:
+        """A change was made in memory. It may still come to nothing; but of those that were made
+        under one seq, the last one was committed if any was."""
         told = Told(
             kind=change.kind.value,
             seq=change.seq,
@@ -345,8 +349,13 @@ class _Run:
             data=_decode(change.data),
             name=change.event_type,
         )
-        self.committed.setdefault((stream, group), []).append(told)
-        self._note(f"committed {stream}/{group} {told}")
+        self.made[stream, group, change.seq] = told
+        self._note(f"made {stream}/{group} {told}")
+
+    def events(self, place: Place, last: int) -> list[Told]:
+        """The events of a group that came to `last`."""
+        keys = ((place.stream, place.group, seq) for seq in range(1, last + 1))
+        return [self.made[key] for key in keys if key in self.made]
 
 
 class _Auditor(Worker):
@@ -373,7 +382,7 @@ class _Auditor(Worker):
                     epoch=past["epoch"],
                     seq=past["seq"],
                     items=[(entry["item_id"], entry["value"]) for entry in items["result"]],
-                    events=events + run.committed.get((place.stream, place.group), []),
+                    events=events + run.events(place, past["seq"]),
                 )
             )
         run.ended()
@@ -392,10 +401,10 @@ def _told(envelope: dict[str, Any]) -> Told:
     )
 
 
-def _settings(rng: Any) -> Config:
+def _settings(rng: Any, folder: Path) -> Config:
     return Config(
         shards=rng.randint(1, 3),
-        run_dir="/run",
+        run_dir=str(folder),
         limits=Limits(
             history_events_max=rng.choice([1000, 1000, 50, 8]),
             group_cache_bytes_max=rng.choice([256 * MIB, 64 * KIB, 8 * KIB]),

@@ -16,7 +16,7 @@ from tests.sim.faulty import FAULTY
 
 SEEDS, BLOCK = 200, 20
 """How many seeds are run here, and in one test; `make sim SEEDS=10000` runs others."""
-PATIENCE = 25
+PATIENCE = 40
 """Within so many seeds a fault has to be found."""
 
 
