@@ -15,7 +15,8 @@ What it decides, by the name of the rule that a `Violation` has:
   one twice, or an older one after a newer one; also over reconnects.
 - `sync`, `resume`: the answer to a join is not the state as of its seq, goes back, or does not go
   on from where it was asked to.
-- `behind`: a subscriber that had all the time it needed does not have the last events.
+- `behind`: a subscriber that had all the time it needed does not have the last events, or what it
+  was told makes another state than that of the end (where its syncs name their items).
 - `lost`: what was acknowledged, or shown to anyone, is not there at the end.
 - `phantom`: an event that no call made, that a refused call made, or one call twice.
 - `result`: an answer, or a written value, that does not follow from the state before it.
@@ -236,6 +237,7 @@ class _Check:
     def _judge_subscriber(self, name: str, seen: list[Join | Frame | Leave]) -> None:
         join: Join | None = None
         last: Frame | None = None  # of all its sessions
+        state: dict[str, str] | None = None  # what it knows: identities by item
         live = joined = False
         for record in seen:
             match record:
@@ -259,6 +261,7 @@ class _Check:
                         assert last is not None, "its sync, at least"
                         self._judge_next(where, join, last, record)
                     last = record
+                    state = _told_state(state, join, record)
         if name not in self._caught:
             return
         assert join is not None, "who has caught up has joined"
@@ -268,6 +271,11 @@ class _Check:
             self._wrong("behind", f"{name} was never synced")
         elif missing := self._missing(join, last.seq, end + 1):
             self._wrong("behind", f"{name} ends at {last.seq}, misses {missing} of {group.name}")
+        if group.final is None or state is None:
+            return
+        items = {i: _identity(v) for i, v in group.final.items if join.item in (None, i)}
+        if state != items:
+            self._wrong("behind", f"{name} was told {state}, {group.name} ends as {items}")
 
     def _judge_time(self, where: str, last: Frame, frame: Frame) -> None:
         # A resume has no event of its own, and what follows it has a time of its own.
@@ -309,6 +317,8 @@ class _Check:
         """The events between two that concern the subscription; unknown ones do when it is of a
         whole group."""
         told = self._group(join.stream, join.group).told
+        if join.conflate:  # what it ends with has to be right
+            return []
         return [
             seq
             for seq in range(after + 1, before)
@@ -680,6 +690,23 @@ def _appended(target: Any, added: Any) -> Any:
     if target is None:
         return added if isinstance(added, str) else [added]
     return target + added
+
+
+def _told_state(state: dict[str, str] | None, join: Join, frame: Frame) -> dict[str, str] | None:
+    """What a subscriber knows after a frame; None where it can't be told."""
+    match frame.kind:
+        case "sync" if join.item is not None:
+            return {} if frame.data is None else {join.item: _identity(frame.data)}
+        case "sync":
+            if frame.ids is None:
+                return None
+            return {i: _identity(value) for i, value in zip(frame.ids, frame.data, strict=False)}
+        case "create" | "update" | "delete" if state is not None:
+            assert frame.item is not None, "changes are of items"
+            known = {i: value for i, value in state.items() if i != frame.item}
+            return known if frame.kind == "delete" else known | {frame.item: _identity(frame.data)}
+        case _:
+            return state
 
 
 def _epoch(group: _Group, epoch: str, seq: int) -> None:

@@ -436,6 +436,7 @@ class Subscriber(msgspec.Struct):
     name: str
     place: Place
     item: str | None
+    conflate: bool
     joined: bool = False
     synced: bool = False
     seq: int | None = None
@@ -456,6 +457,7 @@ class Client(Peer):
                 f"{name}/{place.stream}/{place.group}",
                 place,
                 self.rng.choice(place.items) if self.rng.random() < 0.3 else None,
+                self.rng.random() < 0.2,
             )
             for place in self.rng.sample(script.places, count)
         }
@@ -497,6 +499,8 @@ class Client(Peer):
         }
         if subscriber.item is not None:
             data["id"] = subscriber.item
+        if subscriber.conflate:
+            data["conflate"] = True
         if subscriber.seq is not None and rng.random() < 0.8:
             data["since"], data["epoch"] = subscriber.seq, subscriber.epoch
         subscriber.joined, subscriber.synced = True, False
@@ -509,6 +513,7 @@ class Client(Peer):
                 item=subscriber.item,
                 since=data.get("since"),
                 epoch=data.get("epoch"),
+                conflate=subscriber.conflate,
             )
         )
         socket.send({"type": "join", "data": data})

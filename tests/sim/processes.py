@@ -18,9 +18,11 @@ from msgspec import structs
 
 import gateway.process
 import shards.process
-from broker import locks, service
+from broker import link, locks, service
 from broker.config import Config, KvAdapter
 from broker.service import Ready, Service
+from gateway import connection
+from shards import committer
 from shards.group import Change, Done, GroupState
 from shards.storage import sqlite
 from tests.sim.loop import ListeningSocket, SimLoop, World
@@ -42,6 +44,11 @@ class Machine:
         self.offset_s = 1.7e9
         self.full = False
         self.failing = False
+        # Bounds that the load of a run would never reach.
+        self.open_files_max = world.rng.choice([256, 256, 1])
+        self.batch_max = world.rng.choice([512, 512, 3])
+        self.client_high_water = world.rng.choice([65536, 512])
+        self.link_high_water = world.rng.choice([2**20, 2**20, 4096])
         self.files: list[sqlite3.Connection] = []
 
     def wall_clock_s(self) -> float:
@@ -221,9 +228,9 @@ def nothing_by_chance(machine: Machine) -> Iterator[None]:
             return super().executescript(sql)
 
     def connect_here(*given: Any, **more: Any) -> sqlite3.Connection:
-        connection = connect(*given, factory=Connection, **more)
-        machine.files.append(connection)
-        return connection
+        opened = connect(*given, factory=Connection, **more)
+        machine.files.append(opened)
+        return opened
 
     def evaluate_here(self: GroupState, operation: Any, *given: Any) -> Any:
         outcome = evaluate(self, operation, *given)
@@ -250,6 +257,10 @@ def nothing_by_chance(machine: Machine) -> Iterator[None]:
         (service, "listening_socket", listening_socket),
         (service, "unix_socket", lambda path, *_: ListeningSocket(str(path))),
         *((sqlite, name, _Threads) for name in _THREADS if hasattr(sqlite, name)),
+        (sqlite, "OPEN_FILES_MAX", machine.open_files_max),
+        (committer, "BATCH_MAX", machine.batch_max),
+        (connection, "WRITE_HIGH_WATER_BYTES", machine.client_high_water),
+        (link, "_HIGH_WATER_BYTES", machine.link_high_water),
         (sqlite3, "connect", connect_here),
         (GroupState, "evaluate", evaluate_here),
     )

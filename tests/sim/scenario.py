@@ -71,20 +71,20 @@ class _Run:
         self.rng = rng = self.world.rng
         self._tell = tell
         self.records: list[Record] = []
-        self.stuck: list[Violation] = []
+        self.wrong: list[Violation] = []
         self.made: dict[tuple[str, str, int], Told] = {}
         self.machine = Machine(self.world, self._made)
         self.settings = _settings(rng, folder)
         self.places = tuple(
             Place(f"s{stream}", f"g{group}", ("a", "b", "c")[: rng.randint(1, 3)])
-            for stream in range(rng.randint(1, 2))
+            for stream in range(rng.randint(1, 3))
             for group in range(rng.randint(1, 3))
         )
         self.script = Script(
             self.places,
             self._record,
             pause_s=rng.choice([0.02, 0.1, 0.2, 0.8]),
-            padding_max=rng.choice([10, 200, 20_000]),
+            padding_max=rng.choice([10, 200, 20_000, 200_000]),
         )
         self.shards = [
             Shard(self.machine, index, self.settings, folder)
@@ -109,7 +109,7 @@ class _Run:
             self.world.close()
         report = check(self.records, FAULT_REACH_S)
         report.violations[:0] = [
-            *self.stuck,
+            *self.wrong,
             *(
                 Violation("exception", f"{name}: {context.get('message')}: {_shown(context)}")
                 for name, context in self.world.faults
@@ -301,13 +301,13 @@ class _Run:
             self.world.after(1.0, self._look, until)
             return
         if busy:
-            self.stuck.append(Violation("stuck", f"{', '.join(busy)} after {REST_S_MAX:.0f} s"))
+            self.wrong.append(Violation("stuck", f"{', '.join(busy)} after {REST_S_MAX:.0f} s"))
         auditor = _Auditor(self)
         auditor.start()
         self.world.after(REST_S_MAX, self._give_up)
 
     def _give_up(self) -> None:
-        self.stuck.append(Violation("stuck", "the groups can't be read at the end"))
+        self.wrong.append(Violation("stuck", "the groups can't be read at the end"))
         self.world.stopped = True
 
     def ended(self) -> None:
@@ -370,10 +370,13 @@ class _Auditor(Worker):
 
     async def _read_all(self) -> None:
         run = self._run_of
+        groups: dict[str, list[str]] = {}
         for place in run.places:
             items = await self.ask("broker::items", place.names)
             told = await self.ask("stream::history", {**place.names, "limit": 1000})
             past = told["result"]
+            if items["result"]:
+                groups.setdefault(place.stream, []).append(place.group)
             events = [_told(envelope) for envelope in past["events"]]
             run._record(
                 Final(
@@ -385,6 +388,9 @@ class _Auditor(Worker):
                     events=events + run.events(place, past["seq"]),
                 )
             )
+        listed = (await self.ask("stream::list_all", {}))["result"]["stream"]
+        if groups != {stream["id"]: stream["groups"] for stream in listed}:
+            run.wrong.append(Violation("list_all", f"{listed}, not {groups}"))
         run.ended()
 
 
@@ -409,7 +415,7 @@ def _settings(rng: Any, folder: Path) -> Config:
             history_events_max=rng.choice([1000, 1000, 50, 8]),
             group_cache_bytes_max=rng.choice([256 * MIB, 64 * KIB, 8 * KIB]),
             client_send_queue_bytes_max=rng.choice([MIB, 4 * KIB]),
-            link_queue_bytes_max=rng.choice([64 * MIB, MIB]),
+            link_queue_bytes_max=rng.choice([64 * MIB, MIB, 32 * KIB]),
             ping_interval_s=1.0,
             ping_timeout_s=4.0,
             stalled_timeout_s=4.0,

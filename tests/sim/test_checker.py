@@ -305,6 +305,19 @@ def test_an_end_that_was_not_heard_is_found() -> None:
     assert model.rules() == {"behind"}
 
 
+def test_who_conflates_may_miss_what_is_no_more() -> None:
+    for last, rules in ((3, set()), (2, {"behind"})):
+        model = busy()
+        model.join("d")
+        join = model.records[-1]
+        assert isinstance(join, Join)
+        join.conflate = True
+        model.frame("d", kind="sync", seq=0, timestamp=1000, epoch="e", data=[], ids=[])
+        model.hear(*range(2, last + 1), name="d")
+        model.records.append(Caught(subscriber="d"))
+        assert model.rules() == rules
+
+
 def test_a_resume_from_elsewhere_is_found() -> None:
     model = busy()
     model.join(since=2)
