@@ -1,8 +1,8 @@
-# make setup | run | test | lint | bench | power | chaos; every target sets up what it needs.
+# make setup | run | test | lint | bench | power | chaos | sim; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench power chaos
+.PHONY: setup run test lint bench power chaos sim
 
 setup: .venv/.installed
 
@@ -32,6 +32,10 @@ power: .venv/.installed-dev
 
 chaos: .venv/.installed-dev
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),10) $(and $(SEED),--seed $(SEED))
+
+# One of them again, with its log: .venv/bin/python -m tests.sim --seed 7 --verbose
+sim: .venv/.installed-dev
+	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),1000)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -293,9 +293,9 @@ class Hub:
             subscriber.fell_behind()
 
     def _gap(self, group: _HubGroup) -> list[Subscription]:
-        self.gaps_total += 1
         self._flush(group)
         behind = [s for s in group.subscriptions if s.state is State.LIVE]
+        self.gaps_total += bool(behind)
         for subscription in behind:
             self.behind(subscription)
         return behind

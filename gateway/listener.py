@@ -56,7 +56,8 @@ class Listener(ABC):
         self.message_bytes_max = message_bytes_max
         self.send_queue_bytes_max = send_queue_bytes_max
         self.limits = limits
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
+        """Those that are there, in the order in which they came."""
         self.stopping = False
         self.connections_total = 0
         self.refused_total = dict.fromkeys(REFUSALS, 0)
@@ -152,7 +153,7 @@ class Listener(ABC):
 
     def connected(self, connection: Connection) -> None:
         self.connections_total += 1
-        self.connections.add(connection)
+        self.connections[connection] = None
         if len(self.connections) > self.limits.connections_max:
             self.count_refused("connections_limit")
             connection.abort()
@@ -172,7 +173,7 @@ class Listener(ABC):
         self.sent_bytes += sent
 
     def disconnected(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         if (code := connection.close_code) is not None:
             self.closed_total.add(str(code) if str(code) in CLOSE_CODES else OTHER)
         self._pinged.pop(connection, None)

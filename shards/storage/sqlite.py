@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from shards.group import (
     GroupState,
     Head,
     Operation,
+    Resumed,
     Snapshot,
     attempt,
     new_epoch,
@@ -236,17 +237,17 @@ class SqliteStorage:
         """Nobody else changes anything."""
 
     async def streams(self) -> list[str]:
-        known = {name for name, stream in self._streams.items() if stream.groups}
+        known = dict.fromkeys(name for name, stream in self._streams.items() if stream.groups)
         return list(known | await self._in_thread(self._streams_on_disk))
 
-    def _streams_on_disk(self) -> set[str]:
-        names = set()
-        for path in self.directory.glob("*.db"):
+    def _streams_on_disk(self) -> dict[str, None]:
+        names: dict[str, None] = {}
+        for path in sorted(self.directory.glob("*.db")):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = stream_name(path)
             if name is not None:
-                names.add(name)
+                names[name] = None
         return names
 
     async def groups(self, stream: str) -> list[str]:
@@ -336,7 +337,7 @@ class SqliteStorage:
                 await self._flush(state)
             self._flush_later(state)
         await self._reserve(settled)
-        self._account(state, {operation.group_id for operation in operations})
+        self._account(state, dict.fromkeys(operation.group_id for operation in operations))
         return settled
 
     def _evaluate(
@@ -364,7 +365,7 @@ class SqliteStorage:
 
     async def _load(self, state: _Stream, operations: Sequence[Operation]) -> None:
         """Bring in the groups and items that `operations` need."""
-        unknown = {o.group_id for o in operations if o.group_id not in state.groups}
+        unknown = dict.fromkeys(o.group_id for o in operations if o.group_id not in state.groups)
         wanted: dict[str, set[str]] = {}
         for operation in operations:
             item_id = getattr(operation, "item_id", None)
@@ -381,7 +382,9 @@ class SqliteStorage:
         rows = await self._in_thread(lambda: file.group_rows(list(unknown))) if file else []
         for row in rows:
             state.groups[row.group_id] = self._group_of(state, row)
-        for group_id in unknown - {row.group_id for row in rows}:
+        for group_id in unknown:
+            if group_id in state.groups:
+                continue
             head = Head(self._epoch, 0, self._forgotten_timestamp_ms)
             state.groups[group_id] = GroupState(state.name, group_id, head)
         if file is None:
@@ -433,8 +436,10 @@ class SqliteStorage:
         return group
 
     async def _reserve(self, settled: list[Settled]) -> None:
-        """Have the timestamps of syncs, which no commit holds, remembered past a crash."""
-        latest = max((o.timestamp_ms for o, _ in settled if isinstance(o, Snapshot)), default=0)
+        """Have the timestamps of syncs and resumes, which no commit holds, remembered past a
+        crash."""
+        answers = (o for o, _ in settled if isinstance(o, Snapshot | Resumed))
+        latest = max((answer.timestamp_ms for answer in answers), default=0)
         clock_file = self._clock_file
         clock_file.latest_ms = max(clock_file.latest_ms, latest)
         if latest > clock_file.reserved_ms:
@@ -594,8 +599,8 @@ class SqliteStorage:
     def _size(self, group: GroupState) -> int:
         return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
 
-    def _account(self, state: _Stream, group_ids: set[str]) -> None:
-        """Count what the groups hold now."""
+    def _account(self, state: _Stream, group_ids: Iterable[str]) -> None:
+        """Count what the groups hold now, in the order of their use."""
         for group_id in group_ids:
             group = state.groups[group_id]
             if not group.row:  # only ever looked at

@@ -240,6 +240,23 @@ async def test_times_of_syncs_survive_a_crash_and_a_step_back(
 
 
 @asynchronous
+async def test_the_time_of_a_resume_is_kept_too(files: Storages) -> None:
+    async with files.opened() as storage:
+        await settle(storage, "s", put("a", 1))
+        epoch = await epoch_of(storage)
+        files.clock.now_ms += 3_600_000
+        join = messages.Join(0, "", "g", None, None, 1, epoch)
+        ((resumed, _),) = await settle(storage, "s", join)
+        copy = files.directory.with_name("crashed")
+        shutil.copytree(files.directory, copy)
+    files.directory = copy
+    files.clock.now_ms -= 7_200_000
+    async with files.opened() as storage:
+        ((done, _),) = await settle(storage, "s", put("a", 2))
+        assert done.change.timestamp_ms > resumed.timestamp_ms
+
+
+@asynchronous
 async def test_in_memory_a_new_life_is_another_epoch(tmp_path: Path) -> None:
     storages = Storages("memory", tmp_path)
     async with storages.opened() as storage:

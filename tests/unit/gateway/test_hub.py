@@ -185,6 +185,15 @@ def test_a_gap_leaves_the_live_behind() -> None:
     assert hub.gaps_total == 1
 
 
+def test_nobody_misses_anything_while_nobody_is_live() -> None:
+    hub = Hub()
+    client = Client(hub)
+    subscription = joined(hub, client, GROUPS[0])
+    hub.behind(subscription)
+    assert hub.synced(subscription, 7, "e") == []
+    assert hub.gaps_total == 0
+
+
 def test_a_sync_ahead_of_the_events_leaves_the_others_behind() -> None:
     hub = Hub()
     old, new = Client(hub), Client(hub)
