@@ -1,8 +1,8 @@
-# make setup | run | test | lint | bench | power | chaos; every target sets up what it needs.
+# make setup | run | test | lint | bench | power | chaos | large; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench power chaos
+.PHONY: setup run test lint bench power chaos large
 
 setup: .venv/.installed
 
@@ -32,6 +32,9 @@ power: .venv/.installed-dev
 
 chaos: .venv/.installed-dev
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),10) $(and $(SEED),--seed $(SEED))
+
+large: .venv/.installed-dev
+	$(BIN)/python -m bench.large
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -224,6 +224,12 @@ class SqliteStorage:
         """Stream files that are open."""
         return len(self._open_files)
 
+    @property
+    def suspect_files(self) -> int:
+        """Those of them that stay open until their disk works again."""
+        files = (stream.file for stream in self._open_files.values())
+        return sum(file is not None and file.suspect for file in files)
+
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         self._tasks.start(self._execute(stream, operations, settle))
 
