@@ -1,8 +1,9 @@
-# make setup | run | test | lint | bench | power | chaos | sim; every target sets up what it needs.
+# make setup | run | test | lint | bench | large | power | chaos | sim; every target sets up what it
+# needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test lint bench power chaos sim
+.PHONY: setup run test lint bench large power chaos sim
 
 setup: .venv/.installed
 
@@ -36,6 +37,9 @@ chaos: .venv/.installed-dev
 # One of them again, with its log: .venv/bin/python -m tests.sim --seed 7 --verbose
 sim: .venv/.installed-dev
 	$(BIN)/python -m tests.sim --seeds $(or $(SEEDS),1000)
+
+large: .venv/.installed-dev
+	$(BIN)/python -m bench.large
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

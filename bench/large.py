@@ -11,10 +11,11 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,40 +113,50 @@ async def big_group(items: int) -> None:
             for n in range(0, items, items // 1000):
                 found = await result_of(worker, "stream::get", item("s", "g", f"i{n}"))
                 assert found == {"n": n}
-        other = await Worker.open(broker.worker_url)
-        longest = asyncio.create_task(_longest_wait(other))
         group = {"stream_name": "s", "group_id": "g"}
-        for function_id in ("stream::list", "broker::items"):
-            with timed(f"  {function_id}"):
-                listed = await result_of_long(worker, function_id, group)
-            what = len(listed) if isinstance(listed, list) else listed
-            say(f"    got {what}")
-        async with await StreamClient.open(broker.stream_url) as client:
-            with timed("  sync"):
-                await client.send_join("s", "g")
-                frame = await client.next(patience_s=PATIENCE_S)
-            event = frame["event"]
-            say(f"    got {event['type']} of {len(event.get('data', ''))}")
-        longest.cancel()
-        with __import__("contextlib").suppress(asyncio.CancelledError):
-            await longest
-        say(f"  the longest wait of another worker's get meanwhile: {WAITS['longest']:.2f} s")
+        async with watched(broker):
+            for function_id in ("stream::list", "broker::items"):
+                with timed(f"  {function_id}"):
+                    listed = await result_of_long(worker, function_id, group)
+                say(f"    got {len(listed) if isinstance(listed, list) else listed}")
+            async with await StreamClient.open(broker.stream_url) as client:
+                with timed("  sync"):
+                    await client.send_join("s", "g")
+                    frame = await client.next(patience_s=PATIENCE_S)
+                event = frame["event"]
+                say(f"    got {event['type']} of {len(event.get('data', ''))}")
         say(f"  most MiB ever: {memory_mib(broker, 'VmHWM')}, now {memory_mib(broker)}")
         await worker.close()
-        await other.close()
         say(f"  start with it: {await start_seconds(broker):.2f} s, MiB {memory_mib(broker)}")
 
 
-WAITS = {"longest": 0.0}
+@asynccontextmanager
+async def watched(broker: Broker) -> AsyncIterator[None]:
+    """Says how long another worker's calls took at most meanwhile; a process of its own, as this
+    one is busy with the answers."""
+    watcher = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.large", "--watch", broker.worker_url),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert watcher.stdout is not None
+    await watcher.stdout.readline()
+    yield
+    told, _ = await watcher.communicate(b"")
+    say(f"  the longest wait of another worker's get meanwhile: {told.decode().strip()} s")
 
 
-async def _longest_wait(worker: Worker) -> None:
-    WAITS["longest"] = 0.0
-    while True:
+async def watch(url: str) -> None:
+    """Print the longest wait when standard input ends."""
+    longest, worker = 0.0, await Worker.open(url)
+    ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+    say("watching")
+    while not ended.done():
         began = time.monotonic()
         await result_of_long(worker, "stream::get", item("other", "g", "i"))
-        WAITS["longest"] = max(WAITS["longest"], time.monotonic() - began)
+        longest = max(longest, time.monotonic() - began)
         await asyncio.sleep(0.01)
+    say(f"{longest:.2f}")
 
 
 async def big_data(factor: int) -> None:
@@ -215,8 +226,12 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=8, help="of the data to the caches")
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--written", type=int, default=1_000)
+    parser.add_argument("--watch", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("group", "data", "streams", "written"))
     parsed = parser.parse_args()
+    if parsed.watch:
+        asyncio.run(watch(parsed.watch))
+        return
     parts = {
         "group": lambda: big_group(parsed.items),
         "data": lambda: big_data(parsed.factor),

@@ -271,4 +271,9 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
         metrics.gauge("cache_bytes", "Bytes of cached groups.", lambda: storage.cached_bytes)
         metrics.gauge("groups_cached", "Cached groups.", lambda: storage.cached_groups)
         metrics.gauge("streams_open", "Open stream files.", lambda: storage.open_files)
+        metrics.gauge(
+            "streams_suspect",
+            "Open stream files that a commit failed on and that wait for their disk.",
+            lambda: storage.suspect_files,
+        )
     return metrics

@@ -223,6 +223,12 @@ class SqliteStorage:
         """Stream files that are open."""
         return len(self._open_files)
 
+    @property
+    def suspect_files(self) -> int:
+        """Those of them that stay open until their disk works again."""
+        files = (stream.file for stream in self._open_files.values())
+        return sum(file is not None and file.suspect for file in files)
+
     def execute(self, stream: str, operations: Sequence[Operation], settle: Settle) -> None:
         state = self._streams.get(stream)
         if state is not None and _in_memory(state, operations) and state.use_now():

@@ -19,7 +19,7 @@ from shards.group import Done, Operation, Snapshot
 from shards.storage.clock_file import ClockFile
 from shards.storage.sqlite import SqliteStorage
 from tests.power.expected import Expected
-from tests.power.lives import Clock, Life, opened, recorded_files, run_seed, settle
+from tests.power.lives import OPEN_FILES_MAX, Clock, Life, opened, recorded_files, run_seed, settle
 from tests.power.recorder import Connection, Recorder
 from tests.power.state import State
 from tests.storage.test_storages import asynchronous
@@ -161,6 +161,36 @@ async def test_a_sync_that_fails(tmp_path: Path, failures: int) -> None:
     recorder.close()
     for number, disk in enumerate(disks(uncut(State(), recorder))):
         assert await items_on(disk, tmp_path / str(number)) == expected
+
+
+@asynchronous
+async def test_a_disk_that_fails_for_all_streams(tmp_path: Path) -> None:
+    """Files that have to stay open are bounded too, and all is well when the disk is."""
+    streams = [f"s{number}" for number in range(5 * OPEN_FILES_MAX)]
+    recorder = Recorder(tmp_path, State())
+    with recorded_files(recorder):
+        connect = partial(recorder.connect, checkpoint_pages=1000)
+        async with opened(tmp_path, Clock(), connect) as storage:
+            for stream in streams:
+                await settle(storage, stream, put("a", "old"))
+            assert storage.open_files == OPEN_FILES_MAX
+            recorder.failing_syncs = 10**6
+            for stream in streams:
+                ((outcome, _),) = await settle(storage, stream, put("a", "refused"))
+                assert isinstance(outcome, StorageError)
+                assert outcome.retryable
+                assert storage.suspect_files <= storage.open_files <= 2 * OPEN_FILES_MAX
+            assert storage.suspect_files >= OPEN_FILES_MAX
+            recorder.failing_syncs = 0
+            for stream in streams:
+                ((snapshot, _),) = await settle(storage, stream, messages.Join(0, "", "g", None))
+                assert isinstance(snapshot, Snapshot)
+                assert snapshot.data == b'["old"]'
+                ((outcome, _),) = await settle(storage, stream, put("a", "new"))
+                assert isinstance(outcome, Done)
+            assert storage.suspect_files == 0
+            assert storage.open_files == OPEN_FILES_MAX
+    recorder.close()
 
 
 def after_each_call(recorder: Recorder, before: State) -> Iterator[tuple[int, State]]:
