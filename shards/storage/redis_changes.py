@@ -41,6 +41,8 @@ POSITIONS_MAX = 10_000
 """Groups of which the last position is remembered although nobody wants them yet."""
 READ_MORE = 16
 """Changes that are read beside those that are missing, as others go on meanwhile."""
+SEPARATOR = b"\x1e"
+"""Between the envelopes of one message; no JSON text holds it."""
 PAGE = 100
 """Groups that are looked at in one pipeline."""
 NEW_MAX = 1000
@@ -238,17 +240,13 @@ class RemoteChanges:
         """Up to where a group was told of which nothing was told yet."""
         stream = self._streams.get(group.stream)
         first = first_own
-        if (
-            stream is not None
-            and not watched.is_known
-            and (stream.is_in_doubt or watched.is_doubtful)
-        ):
-            with suppress(StorageError):
-                await self._find_new([group])
-            if watched.is_known and watched.epoch == epoch:
-                return
-        elif stream is not None and stream.is_subscribed:
-            await self._barrier()  # others' changes before ours
+        if stream is not None and stream.since_ms is not None:
+            is_doubtful = stream.is_in_doubt or watched.is_doubtful
+            if is_doubtful or not await self._barrier():  # others' changes before ours
+                with suppress(StorageError):
+                    await self._find_new([group])
+                if watched.is_known and watched.epoch == epoch:
+                    return
             first = min([first_own, *(n for n, (of, _) in watched.held.items() if of == epoch)])
         watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
 
@@ -409,11 +407,11 @@ class RemoteChanges:
             if not watched.busy:
                 self._heal_soon(group)
 
-    async def _barrier(self) -> None:
-        """Return when all that Redis told before has arrived, or nobody can say."""
+    async def _barrier(self) -> bool:
+        """Return when all that Redis told before has arrived; False when nobody can say."""
         pubsub = self._pubsub
         if pubsub is None:
-            return
+            return False
         self._pings += 1
         name = b"%d" % self._pings
         pong = self._pongs[name] = asyncio.get_running_loop().create_future()
@@ -421,10 +419,12 @@ class RemoteChanges:
             async with asyncio.timeout(BARRIER_S_MAX):
                 await pubsub.ping(name)
                 await pong
-        except (RedisError, OSError, TimeoutError):
-            return
+        except (RedisError, OSError, TimeoutError, AttributeError):
+            # AttributeError: from the library, whose reader loses the connection this moment.
+            return False
         finally:
             del self._pongs[name]
+        return self._pubsub is pubsub
 
     # The connection ---------------------------------------------------------------------------
 
@@ -498,7 +498,7 @@ class RemoteChanges:
                 self._tasks.start(self._heal_stream(name, stream))
         elif message["type"] == "message":
             try:
-                epoch, seq, group_id, envelope = message["data"].split(b":", 3)
+                epoch, seq, group_id, envelopes = message["data"].split(b":", 3)
                 decoded = redis_keys.decoded(group_id.decode())
                 if decoded is None:
                     return
@@ -511,7 +511,8 @@ class RemoteChanges:
                     and int(seq) <= watched.seq
                 ):
                     return  # our own, mostly
-                self._arrived(group, epoch.decode(), change_of(envelope))
+                for envelope in envelopes.split(SEPARATOR):
+                    self._arrived(group, epoch.decode(), change_of(envelope))
             except (ValueError, msgspec.DecodeError):
                 return  # not one of ours
 
@@ -529,7 +530,7 @@ class RemoteChanges:
                     channels = [name for name, wanted in wishes.items() if wanted is is_wanted]
                     if channels:
                         await send(*channels)
-        except (RedisError, OSError):
+        except (RedisError, OSError, AttributeError):  # the last as in `_barrier`
             return  # whoever reads meets the same, and subscribes to all
         finally:
             self._sending = False
