@@ -258,17 +258,13 @@ class RemoteChanges:
         """Up to where a group was told of which nothing was told yet."""
         stream = self._streams.get(group.stream)
         first = first_own
-        if (
-            stream is not None
-            and not watched.is_known
-            and (stream.is_in_doubt or watched.is_doubtful)
-        ):
-            with suppress(StorageError):
-                await self._find_new([group])
-            if watched.is_known and watched.epoch == epoch:
-                return
-        elif stream is not None and stream.is_subscribed:
-            await self._barrier()  # others' changes before ours
+        if stream is not None and stream.since_ms is not None:
+            is_doubtful = stream.is_in_doubt or watched.is_doubtful
+            if is_doubtful or not await self._barrier():  # others' changes before ours
+                with suppress(StorageError):
+                    await self._find_new([group])
+                if watched.is_known and watched.epoch == epoch:
+                    return
             first = min([first_own, *(n for n, (of, _) in watched.held.items() if of == epoch)])
         watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
 
@@ -429,11 +425,11 @@ class RemoteChanges:
             if not watched.busy:
                 self._heal_soon(group)
 
-    async def _barrier(self) -> None:
-        """Return when all that Redis told before has arrived, or nobody can say."""
+    async def _barrier(self) -> bool:
+        """Return when all that Redis told before has arrived; False when nobody can say."""
         pubsub = self._pubsub
         if pubsub is None:
-            return
+            return False
         self._pings += 1
         name = b"%d" % self._pings
         pong = self._pongs[name] = asyncio.get_running_loop().create_future()
@@ -441,10 +437,12 @@ class RemoteChanges:
             async with asyncio.timeout(BARRIER_S_MAX):
                 await pubsub.ping(name)
                 await pong
-        except (RedisError, OSError, TimeoutError):
-            return
+        except (RedisError, OSError, TimeoutError, AttributeError):
+            # AttributeError: from the library, whose reader loses the connection this moment.
+            return False
         finally:
             del self._pongs[name]
+        return self._pubsub is pubsub
 
     # The connection ---------------------------------------------------------------------------
 
@@ -560,7 +558,7 @@ class RemoteChanges:
                     channels = [name for name, wanted in wishes.items() if wanted is is_wanted]
                     if channels:
                         await send(*channels)
-        except (RedisError, OSError):
+        except (RedisError, OSError, AttributeError):  # the last as in `_barrier`
             return  # whoever reads meets the same, and subscribes to all
         finally:
             self._sending = False

@@ -382,6 +382,25 @@ def test_auth_fails_closed(kind: type[Pair], run: Run) -> None:
         run(main(pair))
 
 
+def test_auth_that_takes_too_long(kind: type[Pair], run: Run) -> None:
+    """Nobody gets in, and the call is forgotten at the other end too."""
+
+    async def main(pair: Pair) -> None:
+        worker, other = await pair.worker(0), await pair.worker(1)
+        await worker.register_function("auth", lambda _: asyncio.Event().wait())
+        await until_has(other, "auth")
+        with pytest.raises(InvalidStatus) as refused:
+            await pair.client(1)
+        assert refused.value.response.status_code == 503
+        assert len(worker.invocations) == 1
+        await until(lambda: pair.metric(0, "broker_peer_calls_pending") == 0)
+        await worker.close()
+        await other.close()
+
+    with kind("limits: {auth_timeout_s: 0.2}", "auth_function: auth") as pair:
+        run(main(pair))
+
+
 # Joins and leaves ----------------------------------------------------------------------------
 
 

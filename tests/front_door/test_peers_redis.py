@@ -8,6 +8,9 @@ import json
 import pytest
 
 from tests.conftest import Run
+from tests.front_door import sdk_scenarios as scenarios
+from tests.front_door.sdk_programs import Program, node_worker, python_presence, python_worker
+from tests.support.broker import Broker
 from tests.support.calls import item, result_of
 from tests.support.pair import (
     TwoBrokers,
@@ -246,3 +249,23 @@ def test_joins_wait_until_all_guards_are_known(run: Run) -> None:
 
     with TwoBrokers() as pair:
         run(main(pair))
+
+
+def test_the_published_sdks_on_two_brokers(run: Run) -> None:
+    """Workers on one broker, clients and other workers on the other."""
+    with TwoBrokers() as pair:
+        here, there = pair.brokers
+
+        def python_there(_: Broker) -> Program:
+            return python_worker(there)
+
+        def node_there(_: Broker) -> Program:
+            return node_worker(there)
+
+        def presence_there(_: Broker) -> Program:
+            return python_presence(there)
+
+        scenarios.check_calls(here, run, python_there, "python-calls")
+        scenarios.check_trigger(here, python_worker, node_there, "python-node")
+        scenarios.check_trigger(here, node_there, python_worker, "node-python")
+        scenarios.check_presence(here, run, presence_there, "room")

@@ -155,3 +155,27 @@ def test_never_told_twice_and_nobody_forgotten(drawn: list[tuple[str, object]]) 
                 for name in registered:
                     assert leases.add_trigger(link, trigger(name, name), number) == []
     assert len(tellings) == len(set(tellings))
+
+
+def test_triggers_of_other_gateways_are_owed_too() -> None:
+    """Told by the gateway that has the trigger, or kept until it is registered again."""
+    leases = Leases[str](0, WAIT_S)
+    leases.gateway_linked("a", "1")
+    leases.gateway_linked("b", "2")
+    leases.gateway_linked("c", "3")
+    leases.add("a", lease(1), 0)
+    leases.add("b", lease(1, "h"), 0)
+    for gateway in ("b", "c"):  # both know of a trigger of another broker
+        leases.add_trigger(gateway, trigger("far", "far"), 0)
+    leases.add_trigger("b", trigger("b's", "near"), 0)
+    leases.gateway_lost("a", 1)
+    assert leases.owed == 2
+    due = leases.due(1)
+    assert sorted(left.trigger_id for _, left in due) == ["b's", "far"]
+    assert {left.group_id for _, left in due} == {"g"}
+    assert leases.due(2) == []
+    leases.gateway_lost("b", 3)
+    assert [(gateway, left.trigger_id) for gateway, left in leases.due(3)] == [("c", "far")]
+    assert leases.owed == 1
+    assert told(leases.add_trigger("c", trigger("again", "near"), 4)) == [("again", "h", b"s@h1")]
+    assert leases.owed == 0
