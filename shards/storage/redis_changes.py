@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from broker import logs
 from broker.errors import StorageError
@@ -84,6 +84,7 @@ class RemoteChanges:
         self._tasks = Tasks()
         self._listener: asyncio.Task[None] | None = None
         self._healing = False
+        self._hears_others = True
         self._closed = False
 
     def open(self) -> None:
@@ -254,12 +255,15 @@ class RemoteChanges:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
                 await pubsub.subscribe(redis_keys.STREAMS_KEY, *self._channels)
-                await pubsub.psubscribe(CHANNEL_PATTERN)
+                if self._hears_others:
+                    await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
                 self._send_soon()
                 await self._receive(pubsub)
             except (RedisError, OSError) as error:
                 _log.warning("redis_changes_lost", address=self._client.address, reason=error)
+                if isinstance(error, NoPermissionError):  # the least that can be done without
+                    self._hears_others = False
             finally:
                 self._pubsub = None
                 await pubsub.aclose()
