@@ -25,6 +25,7 @@ from shards.storage import redis_keys
 from shards.storage.redis_client import RedisClient
 from shards.storage.redis_cluster import RedisCluster
 from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
+from shards.storage.redis_sharded import ShardedSubscriptions
 from shards.storage.redis_turn import change_of
 
 RemoteChange = Callable[[str, str, Change], None]
@@ -85,6 +86,10 @@ class RemoteChanges:
         self._listener: asyncio.Task[None] | None = None
         self._healing = False
         self._hears_others = True
+        self._sharded: ShardedSubscriptions | None = None
+        self._cluster = client if isinstance(client, RedisCluster) else None
+        if self._cluster is not None:
+            self._cluster.on_slots = self._slots_seen
         self._closed = False
 
     def open(self) -> None:
@@ -97,6 +102,8 @@ class RemoteChanges:
         while self._listener is not None and not self._listener.done():
             self._listener.cancel()  # again: one that meets a timeout of the library gets lost
             await asyncio.wait([self._listener], timeout=1)
+        if self._sharded is not None:
+            await self._sharded.close()
         await self._tasks.wait()
 
     def interest(self, group: Group, wanted: bool) -> None:
@@ -109,8 +116,25 @@ class RemoteChanges:
             del self._channels[channel.encode()]
         else:
             return
-        self._wishes[channel] = wanted
-        self._send_soon()
+        if self._sharded is None:
+            self._wishes[channel] = wanted
+            self._send_soon()
+        elif wanted:
+            self._sharded.want(channel, redis_keys.group_keys(group).slot)
+        else:
+            self._sharded.drop(channel)
+
+    def _slots_seen(self) -> None:
+        """Listen where the slots are, once and for all by shards where all nodes can."""
+        if self._sharded is None and self._cluster is not None and self._cluster.is_sharded:
+            self._sharded = ShardedSubscriptions(self._cluster, self._message)
+            for group in self._watched:
+                keys = redis_keys.group_keys(group)
+                self._wishes[keys.channel] = False
+                self._sharded.want(keys.channel, keys.slot)
+            self._send_soon()
+        elif self._sharded is not None:
+            self._sharded.assign()
 
     # Around our own `execute` -----------------------------------------------------------------
 
@@ -254,7 +278,8 @@ class RemoteChanges:
             try:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
-                await pubsub.subscribe(redis_keys.STREAMS_KEY, *self._channels)
+                channels = self._channels if self._sharded is None else ()
+                await pubsub.subscribe(redis_keys.STREAMS_KEY, *channels)
                 if self._hears_others:
                     await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
@@ -291,9 +316,9 @@ class RemoteChanges:
         group = self._channels.get(message["channel"] or b"")
         if group is None:
             return
-        if message["type"] == "subscribe":  # what came before may be missing
+        if message["type"] in ("subscribe", "ssubscribe"):  # what came before may be missing
             self._heal_soon(group)
-        elif message["type"] == "message":
+        elif message["type"] in ("message", "smessage"):
             try:
                 epoch, envelopes = message["data"].split(b" ", 1)
                 for envelope in envelopes.split(SEPARATOR):
