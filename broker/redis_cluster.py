@@ -8,6 +8,7 @@ by node: one that is away fails what is asked of its slots, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ REFRESH_S = 10.0
 """Seconds between looks at who has which slot, while all is well."""
 REFRESH_TROUBLED_S = 0.3
 """The same while it is not."""
+
+SHARDED_VERSION_MIN = 7
+"""Of Redis, which has sharded pub/sub."""
+_VERSION = re.compile(rb"^redis_version:(\d+)", re.MULTILINE)
 
 _log = logs.Log("redis")
 
@@ -74,6 +79,10 @@ class RedisCluster:
         self._closed = False
         self._tasks = Tasks()
         self._pubsubs = 0
+        self.is_sharded = False
+        """Whether changes are told by sharded pub/sub: every node has it."""
+        self.on_slots: Callable[[], None] = _nothing
+        """Called after each look at who has which slot."""
 
     @property
     def round_trips_total(self) -> int:
@@ -94,6 +103,14 @@ class RedisCluster:
     def servers(self) -> list[RedisClient]:
         """Those that hold data."""
         return list(self._masters)
+
+    def server_of(self, slot: int) -> RedisClient | None:
+        """Who has a slot, as far as is known."""
+        return self._slots[slot]
+
+    def look_again(self) -> None:
+        """Somebody noticed that slots moved."""
+        self._stale.set()
 
     def place(self, slot: int) -> int:
         """The same for keys in slots that one call of a script may touch."""
@@ -303,9 +320,21 @@ class RedisCluster:
             if node not in firsts and not node.is_up and address not in self._url.hosts:
                 del self._nodes[address]
                 await node.close()
+        if has_moved and not self.is_sharded:
+            self.is_sharded = await self._all_have_sharded()
+        self.on_slots()
         if has_moved:
             _log.info("redis_cluster_seen", address=self.address, nodes=len(firsts))
             self._on_return()
+
+    async def _all_have_sharded(self) -> bool:
+        for reply in await asyncio.gather(*(n.each([("INFO", "server")]) for n in self._masters)):
+            found = _VERSION.search(reply[0]) if isinstance(reply[0], bytes) else None
+            if found is None:
+                return False  # not known now
+            if int(found[1]) < SHARDED_VERSION_MIN:
+                return False
+        return True
 
     def _note(self) -> None:
         trouble = next((node.trouble for node in self._masters if node.trouble), None)
@@ -333,6 +362,10 @@ def client_of(
         return RedisCluster(place, on_return, on_trouble, is_copying=is_copying)
     pool, address = pool_of(place), place.address
     return RedisClient(pool, address, on_return, on_trouble, is_copying=is_copying)
+
+
+def _nothing() -> None:
+    """Where nobody asks."""
 
 
 async def _each(node: RedisClient, commands: Sequence[Command]) -> list[Reply]:

@@ -192,7 +192,9 @@ class RedisStorage:
             return
         asking = [turn for call in calls for turn in call.turns]
         new = [turn.key for turn in asking if turn.puts and turn.key not in self._indexed]
-        head = self._settings.asked(now_ms, new_epoch())
+        is_sharded = isinstance(self._client, RedisCluster) and self._client.is_sharded
+        publish = "SPUBLISH" if is_sharded else "PUBLISH"
+        head = self._settings.asked(now_ms, new_epoch(), publish)
         replies = await self._client.call(
             _script(), [call.arguments(head) for call in calls], _index_commands(new)
         )

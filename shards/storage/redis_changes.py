@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from broker import logs
 from broker.clock import Clock
@@ -32,6 +32,7 @@ from broker.tasks import Tasks
 from shards.group import Change
 from shards.storage import redis_keys
 from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
+from shards.storage.redis_sharded import ShardedSubscriptions
 from shards.storage.redis_turn import change_of
 
 RemoteChange = Callable[[str, str, Change], None]
@@ -131,6 +132,11 @@ class RemoteChanges:
         self._tasks = Tasks()
         self._listener: asyncio.Task[None] | None = None
         self._healing = False
+        self._hears_others = True
+        self._sharded: ShardedSubscriptions | None = None
+        self._cluster = client if isinstance(client, RedisCluster) else None
+        if self._cluster is not None:
+            self._cluster.on_slots = self._slots_seen
         self._closed = False
 
     def open(self) -> None:
@@ -143,6 +149,8 @@ class RemoteChanges:
         while self._listener is not None and not self._listener.done():
             self._listener.cancel()  # again: one that meets a timeout of the library gets lost
             await asyncio.wait([self._listener], timeout=1)
+        if self._sharded is not None:
+            await self._sharded.close()
         await self._tasks.wait()
 
     def interest(self, group: Group, wanted: bool) -> None:
@@ -166,7 +174,12 @@ class RemoteChanges:
             else:
                 del self._watched[group]
             del self._channels[channel.encode()]
-        self._wish(channel, wanted)
+        if self._sharded is None:
+            self._wish(channel, wanted)
+        elif wanted:
+            self._sharded.want(channel, redis_keys.group_keys(group).slot)
+        else:
+            self._sharded.drop(channel)
 
     def interest_stream(self, stream: str, wanted: bool) -> None:
         """Tell the changes of all groups of `stream` that are ours from now on, or stop it."""
@@ -187,6 +200,18 @@ class RemoteChanges:
     def _wish(self, channel: str, wanted: bool) -> None:
         self._wishes[channel] = wanted
         self._send_soon()
+
+    def _slots_seen(self) -> None:
+        """Listen where the slots are, once and for all by shards where all nodes can."""
+        if self._sharded is None and self._cluster is not None and self._cluster.is_sharded:
+            self._sharded = ShardedSubscriptions(self._cluster, self._message)
+            for group in self._channels.values():
+                keys = redis_keys.group_keys(group)
+                self._wishes[keys.channel] = False
+                self._sharded.want(keys.channel, keys.slot)
+            self._send_soon()
+        elif self._sharded is not None:
+            self._sharded.assign()
 
     def _find(self, group: Group) -> _Watched | None:
         """The group, if it is wanted."""
@@ -457,15 +482,17 @@ class RemoteChanges:
             try:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
-                await pubsub.subscribe(
-                    redis_keys.STREAMS_KEY, *self._channels, *self._stream_channels
-                )
-                await pubsub.psubscribe(CHANNEL_PATTERN)
+                channels = self._channels if self._sharded is None else ()
+                await pubsub.subscribe(redis_keys.STREAMS_KEY, *channels, *self._stream_channels)
+                if self._hears_others:
+                    await pubsub.psubscribe(CHANNEL_PATTERN)
                 self._pubsub = pubsub
                 self._send_soon()
                 await self._receive(pubsub)
             except (RedisError, OSError) as error:
                 _log.warning("redis_changes_lost", address=self._client.address, reason=error)
+                if isinstance(error, NoPermissionError):  # the least that can be done without
+                    self._hears_others = False
             finally:
                 self._pubsub = None
                 for stream in self._streams.values():
@@ -505,9 +532,9 @@ class RemoteChanges:
         group = self._channels.get(channel)
         if group is None:
             return
-        if message["type"] == "subscribe":  # what came before may be missing
+        if message["type"] in ("subscribe", "ssubscribe"):  # what came before may be missing
             self._heal_soon(group)
-        elif message["type"] == "message":
+        elif message["type"] in ("message", "smessage"):
             try:
                 epoch, envelopes = message["data"].split(b" ", 1)
                 for envelope in envelopes.split(SEPARATOR):

@@ -104,23 +104,22 @@ class Settings(NamedTuple):
 
     history: HistoryLimits
     response_bytes_max: int
-    publish: str = "PUBLISH"
-    """The command that tells other brokers of changes."""
     serves_others: bool = True
     """Whether changes are told on the original's channel too, when somebody listens there."""
 
-    def asked(self, now_ms: int, epoch: str) -> list[Argument]:
+    def asked(self, now_ms: int, epoch: str, publish: str) -> list[Argument]:
         """What the script needs to know besides groups and operations.
 
         Args:
             epoch: for groups that have none.
+            publish: the command that tells other brokers of changes.
         """
         limits = self.history
         age_ms_max = int(limits.age_ms_max)
         idle_ms_max = max(EMPTY_GROUP_MS_MIN, age_ms_max)
         return [
             *(now_ms, limits.events_max, age_ms_max, limits.group_bytes_max),
-            *(self.response_bytes_max, idle_ms_max, epoch, self.publish, int(self.serves_others)),
+            *(self.response_bytes_max, idle_ms_max, epoch, publish, int(self.serves_others)),
         ]
 
 

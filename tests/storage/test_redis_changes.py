@@ -254,5 +254,25 @@ async def test_changes_that_were_told_and_lost(redis_server: RedisServer) -> Non
         assert outcome.data == b"[5,1]"
 
 
+@asynchronous
+async def test_a_user_who_may_not_listen_to_patterns(redis_server: RedisServer) -> None:
+    """Hears what brokers say; what other programs say is done without."""
+    rules = ("on", ">pass", "~stream:*", "~broker:*", "&stream::events", "&broker:*", "+@all")
+    redis_server.client.execute_command("ACL SETUSER", "member", *rules)
+    try:
+        url = redis_server.url.replace("//", "//member:pass@")
+        one, other = Member(url), Member(url)
+        for member in (one, other):
+            await member.storage.open()
+            await member.perform(join())
+            member.storage.interest("s", "g", True)
+        await one.perform(put("a", 1))
+        await other.until(lambda: other.seqs() == [1])
+        for member in (one, other):
+            await member.storage.close()
+    finally:
+        redis_server.client.execute_command("ACL DELUSER", "member")
+
+
 def head_key() -> str:
     return redis_keys.group_keys(Group("s", "g")).head

@@ -36,6 +36,12 @@ async def test_members_hear_each_other(redis_cluster: RedisClusterServers) -> No
             for group in GROUPS:
                 await member.until(lambda m=member, g=group: len(m.seqs(g)) == 6)
                 assert member.seqs(group) == [1, 2, 3, 4, 5, 6]
+        for group in GROUPS:  # by sharded pub/sub, which goes to no other node
+            channel = redis_keys.group_keys(Group("s", group)).channel
+            for node in redis_cluster.nodes:
+                ((_, heard),) = node.client.pubsub_shardnumsub(channel)
+                assert heard == (3 if node is redis_cluster.node_of(key_of(group)) else 0)
+                assert node.client.pubsub_numsub(channel) == [(channel, 0)]
 
 
 @asynchronous
@@ -73,6 +79,20 @@ async def test_slots_that_move_lose_nothing(redis_cluster: RedisClusterServers) 
         for member in everyone:
             await member.until(lambda m=member: m.seqs()[-1] == last)
             assert member.seqs() == list(range(1, last + 1))
+
+
+@asynchronous
+async def test_a_slot_that_moves_while_nobody_writes(redis_cluster: RedisClusterServers) -> None:
+    """Who listens follows it."""
+    async with members(redis_cluster) as (one, other):
+        await one.perform(put("i", 0))
+        for n in range(3):
+            source = redis_cluster.node_of(key_of("g"))
+            target = next(node for node in redis_cluster.nodes if node is not source)
+            await asyncio.to_thread(redis_cluster.move_slot, key_of("g"), target)
+            await asyncio.sleep(0.3)
+            assert isinstance(await settled(one, put("i", n)), Done)
+            await other.until(lambda n=n: other.seqs() == list(range(1, n + 3)))
 
 
 @asynchronous
