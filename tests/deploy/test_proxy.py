@@ -122,7 +122,8 @@ def test_the_container_scrapes_every_process() -> None:
     """A gateway, and as many shards as the container's configuration has."""
     settings, _ = config.load(str(DEPLOY / "container" / "broker.yaml"), Overrides(), {})
     scraped = yaml.safe_load((DEPLOY / "container" / "prometheus.yml").read_text())
-    targets = scraped["scrape_configs"][0]["static_configs"][0]["targets"]
+    (job,) = scraped["scrape_configs"]
+    targets = [target for group in job["static_configs"] for target in group["targets"]]
     first = settings.metrics.port
     assert targets == [f"broker:{first + k}" for k in range(1 + settings.shards)]
     services = yaml.safe_load((DEPLOY / "container" / "compose.yaml").read_text())["services"]
