@@ -206,7 +206,7 @@ class StreamPort(Listener):
 
     def _caught_up(self, group: Group, answer: Answer) -> None:
         """The live subscriptions of a group get what was not told, or else a sync each."""
-        if isinstance(answer, ShardUnavailable):
+        if isinstance(answer, ShardUnavailable) and not self.links.of(group).ready:
             return  # they wait for the next time that it is linked
         if isinstance(answer, Synced) and answer.missed is not None:
             for payload in answer.missed:
@@ -611,7 +611,8 @@ class Client:
         else:
             subscription.state = State.BEHIND
         self._tell_error(subscription, error)
-        if not isinstance(error, ShardUnavailable):  # else: when the shard is linked again
+        is_linked = self._port.links.of(subscription.group).ready
+        if is_linked or not isinstance(error, ShardUnavailable):  # else: when it is linked again
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
 
     def _tell_error(self, subscription: Subscription, error: BrokerError) -> None:

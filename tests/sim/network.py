@@ -172,6 +172,11 @@ class Pipe:
             self.pump()
         return max(count, 0)
 
+    @property
+    def holds(self) -> bool:
+        """Whether something is on the way."""
+        return bool(self._data)
+
     def end(self, *, reset: bool = False) -> None:
         """Nothing more comes."""
         if reset and not self._reset:
@@ -264,6 +269,14 @@ class Connection:
     def open(self) -> bool:
         """Whether both ends are."""
         return not self.client.lost and not self.server.lost
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is on the way."""
+        return not any(
+            end.incoming or end.wants_to_write or end.out.holds
+            for end in (self.client, self.server)
+        )
 
 
 class Network:

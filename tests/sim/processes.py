@@ -36,6 +36,7 @@ class Machine:
     """What all processes of the broker share: the wall clock, and the disk with its faults.
 
     full: the disk takes nothing. failing: half of all commits fail at their end.
+    tight: whether what may wait for a peer is so little that it does not fit at times.
     """
 
     def __init__(self, world: World, made: Made) -> None:
@@ -45,10 +46,11 @@ class Machine:
         self.full = False
         self.failing = False
         # Bounds that the load of a run would never reach.
+        self.tight = world.rng.random() < 0.25
         self.open_files_max = world.rng.choice([256, 256, 1])
         self.batch_max = world.rng.choice([512, 512, 3])
-        self.client_high_water = world.rng.choice([65536, 512])
-        self.link_high_water = world.rng.choice([2**20, 2**20, 4096])
+        self.client_high_water = 512 if self.tight else world.rng.choice([65536, 2048])
+        self.link_high_water = 4096 if self.tight else 2**20
         self.files: list[sqlite3.Connection] = []
 
     def wall_clock_s(self) -> float:

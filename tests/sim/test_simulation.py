@@ -7,9 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import count
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from broker import messages
+from broker.errors import ShardUnavailable
+from gateway.shard_links import ShardLink
 from tests.sim import scenario
 from tests.sim.checker import Report
 from tests.sim.faulty import FAULTY
@@ -44,6 +50,22 @@ def test_what_is_broken_is_found(
         if {violation.rule for violation in result.violations} & rules:
             return
     pytest.fail(f"{PATIENCE} seeds did not find {faulty.__name__}: {faulty.__doc__}")
+
+
+def test_a_sync_that_the_link_had_no_room_for_is_asked_for_again() -> None:
+    """Found by a seed whose links take little: the shard is linked, and will not be linked again."""
+    call, number = ShardLink.call, count(1)
+
+    def call_if_room(self: ShardLink, message: Any, call_id: int, answered: Any) -> None:
+        if self.ready and isinstance(message, messages.Join) and not next(number) % 10:
+            answered(ShardUnavailable(self.shard, "too much waits to be sent to it"))
+        else:
+            call(self, message, call_id, answered)
+
+    with mock.patch.object(ShardLink, "call", call_if_room):
+        for seed in range(6):
+            result = scenario.run(seed)
+            assert not result.violations, f"seed {seed}: {result.report}"
 
 
 def test_a_seed_repeats_itself_exactly() -> None:
