@@ -563,6 +563,31 @@ def test_a_client_that_comes_back_elsewhere_has_not_left(kind: type[Pair], run: 
         run(main(pair))
 
 
+def test_a_killed_gateways_calls_go_to_a_worker_that_is_left(kind: type[Pair], run: Run) -> None:
+    """Calls of the broker's own, here of a join trigger: not to another worker that died too."""
+
+    async def main(pair: Pair) -> None:
+        dying = [await pair.worker(0) for _ in range(3)]
+        here = await pair.worker(1)
+        for worker in dying:
+            await worker.register_function("may", lambda _: asyncio.Event().wait())
+        await until_has(here, "may")
+        await here.register_trigger("stream:join", "may", {"stream_name": "guarded"})
+        await here.barrier()
+        client = await pair.client(1)
+        await client.send_join("guarded", "g")
+        await dying[0].asked(1)
+        pair.kill(0)
+        await here.register_function("may", lambda _: {"unauthorized": False})
+        assert (await client.next(patience_s=20))["event"]["type"] == "sync"
+        assert len(await here.asked(1)) == 1
+        for connection in (*dying, here, client):
+            await connection.close()
+
+    with kind("limits: {trigger_timeout_s: 20}") as pair:
+        run(main(pair))
+
+
 # Stream triggers -----------------------------------------------------------------------------
 
 
