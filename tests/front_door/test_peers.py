@@ -368,7 +368,7 @@ def test_auth_fails_closed(kind: type[Pair], run: Run) -> None:
         with pytest.raises(InvalidStatus) as refused:
             await pair.client(1, headers={"x": "ok"})
         assert refused.value.response.status_code == 503
-        await pair.back(1)
+        await pair.back()
         await worker.close()
         worker = await pair.worker(0)
         await worker.register_function("auth", lambda _: {"context": 1})
@@ -499,7 +499,7 @@ def test_leaves_of_a_killed_gateway_are_told_once(kind: type[Pair], run: Run) ->
         pair.kill(1)
         expected = [f"{n}-{group}" for n in range(3) for group in ("a", "b", "c")]
         await until(lambda: set(left) == set(expected))
-        await pair.back(0)
+        await pair.back()
         await worker.quiet(0.3)
         assert sorted(left) == expected
         await stays.close()
@@ -768,7 +768,7 @@ def test_custom_streams_of_a_killed_gateway(kind: type[Pair], run: Run) -> None:
         await other.barrier()
         await result_of(other, "stream::set", item("own", "g", "i", data=1))
         assert await result_of(other, "stream::get", item("own", "g", "i")) == 1
-        await pair.back(0)
+        await pair.back()
         worker = await pair.worker(0)
         await until_has(worker, "stream::get(own)")
         assert await result_of(worker, "stream::get", item("own", "g", "i")) == 1
@@ -829,7 +829,7 @@ def test_the_last_gateway_serves_alone(run: Run) -> None:
         pair.kill(0)
         await result_of(worker, "stream::set", item("s", "g", "i", data=1))
         assert (await client.next())["event"]["data"] == 1
-        await pair.back(1)
+        await pair.back()
         fresh = await pair.client(0)
         assert (await fresh.join("s", "g"))["event"]["data"] == [1]
         for connection in (client, worker, fresh):
