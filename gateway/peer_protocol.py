@@ -78,11 +78,15 @@ class Registered(PeerMessage, tag=5):
 
 
 class Deliver(PeerMessage, tag=6):
-    """To be sent to a worker of the receiver; with `invocation_id` a call that is answered."""
+    """To be sent to a worker of the receiver; with `invocation_id` a call that is answered.
+
+    `is_call` False: it must not be lost, a worker that takes nothing any more is cut off.
+    """
 
     worker_id: str
     payload: bytes
     invocation_id: str | None
+    is_call: bool = True
 
 
 class Answer(PeerMessage, tag=7):

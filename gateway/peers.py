@@ -395,6 +395,9 @@ class Peers:
         worker = self._home.local_worker(message.worker_id)
         if worker is None:
             return  # the peer hears that it left
+        if not message.is_call:
+            worker.send(message.payload)
+            return
         invocation_id = message.invocation_id
         self.calls_received_total += 1
         if worker.send_call(message.payload, invocation_id):

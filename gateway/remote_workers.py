@@ -83,7 +83,7 @@ class RemoteWorker:
 
     def send(self, payload: bytes) -> None:
         """Send what must not be lost."""
-        self._link.send(wire.Deliver(self.worker_id, payload, None))
+        self._link.send(wire.Deliver(self.worker_id, payload, None, is_call=False))
 
     def forget(self, invocation_id: str) -> None:
         """Nobody waits for the answer any more."""
@@ -136,6 +136,7 @@ class Mirror:
     def worker_gone(self, worker_id: str) -> None:
         """A worker left, with all that it registered."""
         if (worker := self.workers.pop(worker_id, None)) is not None:
+            self._registry.functions.remove_worker(worker)
             self._remove(worker)
             self._registry.triggers.remove_worker(worker)
 
@@ -178,6 +179,8 @@ class Mirror:
         nobody can be asked, they refuse."""
         workers = list(self.workers.values())
         self.workers.clear()
+        for worker in workers:  # all of them first: calls go to workers that are left
+            self._registry.functions.remove_worker(worker)
         for worker in workers:
             self._remove(worker)
         return [w for w in workers if self._registry.triggers.remove_worker(w, keep_guards=True)]
@@ -187,7 +190,6 @@ class Mirror:
         self._calls_total += worker.calls_total
         self._refused_total += worker.refused_total
         del registry.infos[worker.worker_id]
-        registry.functions.remove_worker(worker)
         registry.invocations.remove_worker(worker)
         registry.availability.functions_changed()
         registry.availability.worker("worker_disconnected", worker.worker_id)

@@ -368,7 +368,7 @@ def test_auth_fails_closed(kind: type[Pair], run: Run) -> None:
         with pytest.raises(InvalidStatus) as refused:
             await pair.client(1, headers={"x": "ok"})
         assert refused.value.response.status_code == 503
-        await pair.back(1)
+        await pair.back()
         await worker.close()
         worker = await pair.worker(0)
         await worker.register_function("auth", lambda _: {"context": 1})
@@ -499,7 +499,7 @@ def test_leaves_of_a_killed_gateway_are_told_once(kind: type[Pair], run: Run) ->
         pair.kill(1)
         expected = [f"{n}-{group}" for n in range(3) for group in ("a", "b", "c")]
         await until(lambda: set(left) == set(expected))
-        await pair.back(0)
+        await pair.back()
         await worker.quiet(0.3)
         assert sorted(left) == expected
         await stays.close()
@@ -560,6 +560,31 @@ def test_a_client_that_comes_back_elsewhere_has_not_left(kind: type[Pair], run: 
             await connection.close()
 
     with kind("stream: {leave_delay_s: 1.5}") as pair:
+        run(main(pair))
+
+
+def test_a_killed_gateways_calls_go_to_a_worker_that_is_left(kind: type[Pair], run: Run) -> None:
+    """Calls of the broker's own, here of a join trigger: not to another worker that died too."""
+
+    async def main(pair: Pair) -> None:
+        dying = [await pair.worker(0) for _ in range(3)]
+        here = await pair.worker(1)
+        for worker in dying:
+            await worker.register_function("may", lambda _: asyncio.Event().wait())
+        await until_has(here, "may")
+        await here.register_trigger("stream:join", "may", {"stream_name": "guarded"})
+        await here.barrier()
+        client = await pair.client(1)
+        await client.send_join("guarded", "g")
+        await dying[0].asked(1)
+        pair.kill(0)
+        await here.register_function("may", lambda _: {"unauthorized": False})
+        assert (await client.next(patience_s=20))["event"]["type"] == "sync"
+        assert len(await here.asked(1)) == 1
+        for connection in (*dying, here, client):
+            await connection.close()
+
+    with kind("limits: {trigger_timeout_s: 20}") as pair:
         run(main(pair))
 
 
@@ -743,7 +768,7 @@ def test_custom_streams_of_a_killed_gateway(kind: type[Pair], run: Run) -> None:
         await other.barrier()
         await result_of(other, "stream::set", item("own", "g", "i", data=1))
         assert await result_of(other, "stream::get", item("own", "g", "i")) == 1
-        await pair.back(0)
+        await pair.back()
         worker = await pair.worker(0)
         await until_has(worker, "stream::get(own)")
         assert await result_of(worker, "stream::get", item("own", "g", "i")) == 1
@@ -804,7 +829,7 @@ def test_the_last_gateway_serves_alone(run: Run) -> None:
         pair.kill(0)
         await result_of(worker, "stream::set", item("s", "g", "i", data=1))
         assert (await client.next())["event"]["data"] == 1
-        await pair.back(1)
+        await pair.back()
         fresh = await pair.client(0)
         assert (await fresh.join("s", "g"))["event"]["data"] == [1]
         for connection in (client, worker, fresh):

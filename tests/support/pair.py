@@ -79,9 +79,9 @@ class Pair:
         """Take the gateway there away, for at least as long as it takes to notice."""
         raise NotImplementedError
 
-    async def back(self, place: int) -> None:
-        """Return when the gateway there has workers' connections taken, and knows the other."""
-        await until(lambda: self.metric(place, "broker_peers") == 1)
+    async def back(self) -> None:
+        """Return when both gateways serve and know of one another."""
+        await until(lambda: all(self.metric(place, "broker_peers") == 1 for place in (0, 1)))
 
     def __enter__(self) -> Self:
         return self
