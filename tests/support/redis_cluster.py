@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import redis
 
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import CLI, RedisServer
 
 PATIENCE_S = 30.0
 NODE_TIMEOUT_MS = 1500
@@ -43,7 +43,7 @@ class RedisClusterServers:
                 node = RedisServer(*settings, *options)
                 self.nodes.append(node)
             addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
-            command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"]
+            command = [CLI, "--cluster", "create", *addresses, "--cluster-yes"]
             command += ["--cluster-replicas", str(replicas)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             until(self.is_well, "all nodes know of all slots")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,10 @@ import redis
 from tests.support.broker import free_ports
 from tests.support.connection import PATIENCE_S
 
-IS_INSTALLED = shutil.which("redis-server") is not None
+SERVER = os.environ.get("REDIS_SERVER", "redis-server")
+CLI = os.environ.get("REDIS_CLI", "redis-cli")
+"""Programs, for tests on another one that speaks the protocol, such as `valkey-server`."""
+IS_INSTALLED = shutil.which(SERVER) is not None
 
 
 class RedisServer:
@@ -37,14 +41,14 @@ class RedisServer:
 
     def start(self, *options: str) -> None:
         """Start, and wait until it answers."""
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--unixsocket", str(self.socket), "--dir", str(self.directory)]
         command += ["--save", "", "--appendonly", "no", *self.options, *options]
         self._run(command)
 
     def start_sentinel(self, config: Path) -> None:
         """Start as a Sentinel, which keeps its state in `config`."""
-        command = ["redis-server", str(config), "--sentinel", "--port", str(self.port)]
+        command = [SERVER, str(config), "--sentinel", "--port", str(self.port)]
         self._run([*command, "--bind", "127.0.0.1", "--dir", str(self.directory)])
 
     def _run(self, command: list[str]) -> None:
