@@ -3,7 +3,9 @@
 Two brokers run side by side: one as it is, and one that counts nothing
 (`bench.without_counting`). They get the same calls in turn, a slice each, so that what else the
 machine does meets both alike. Compared is what a call takes of the CPU, on gateway and shards
-together, in the tenth of the slices that was disturbed least. What a scrape takes comes on top.
+together, in the tenth of the slices that was disturbed least. Two processes of the same program
+differ by some percent from start to start: so there are rounds with new ones. What scraping takes
+comes on top.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import shutil
@@ -40,23 +43,51 @@ HEAD = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=150, help="of slices")
+    parser.add_argument("--rounds", type=int, default=12, help="each with brokers of its own")
+    parser.add_argument("--pairs", type=int, default=30, help="of slices in a round")
     parser.add_argument("--calls", type=int, default=3_000, help="of a slice")
     parser.add_argument("--store", choices=("in_memory", "file_based"), default="in_memory")
     parser.add_argument("--subscribers", type=int, default=2, help="of each group")
+    parser.add_argument("--same", action="store_true", help="compare alike, to see the noise")
     options = parser.parse_args()
-    with running(options.store, counts=True) as one, running(options.store, counts=False) as other:
-        result = uvloop.run(compare(one, other, options))
-    print(
-        f"counting: {result['counting_us']:.2f} µs of CPU a call,"
-        f" without {result['without_us']:.2f}: {result['cost_percent']:+.2f} % (median of the pairs"
-        f" {result['median_of_pairs_percent']:+.2f} %)"
+    rounds = [round_of(options, swapped=bool(n % 2)) for n in range(options.rounds)]
+    # The broker that is started first is a little slower, whichever it is: two rounds make a cost.
+    costs = [
+        (math.sqrt(a["counting_us"] / a["without_us"] * b["counting_us"] / b["without_us"]) - 1)
+        * 100
+        for a, b in zip(rounds[::2], rounds[1::2], strict=True)
+    ]
+    low, middle, high = statistics.quantiles(costs, n=4)
+    counting, without = (
+        statistics.median(found[key] for found in rounds) for key in ("counting_us", "without_us")
     )
-    shares = ", ".join(f"{ms / 10:.2f}" for ms in result["scrape_ms"])
+    scrapes = [min(found["scrape_ms"][k] for found in rounds) for k in range(1 + SHARDS)]
+    print(f"{counting:.2f} µs of CPU a call, without counting {without:.2f}: {middle:+.1f} %")
+    print(f"half of the pairs of rounds lie between {low:+.1f} and {high:+.1f} %")
+    shares = ", ".join(f"{ms / 10:.2f}" for ms in scrapes)
     print(f"scraping every second: {shares} % of a core, of the gateway and each shard")
+    result = {
+        "options": vars(options),
+        "counting_us": counting,
+        "without_us": without,
+        "cost_percent": [round(cost, 2) for cost in costs],
+        "scrape_ms": scrapes,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "metrics_cost.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def round_of(options: argparse.Namespace, *, swapped: bool) -> dict[str, Any]:
+    """One round with brokers of its own; `swapped`: the one that counts is started last."""
+    with (
+        running(options.store, counts=not swapped or options.same) as first,
+        running(options.store, counts=swapped or options.same) as second,
+    ):
+        found = uvloop.run(compare(first, second, options))
+    if swapped:
+        found["first_us"], found["second_us"] = found["second_us"], found["first_us"]
+    return {"counting_us": found["first_us"], "without_us": found["second_us"], **found}
 
 
 class Running:
@@ -120,16 +151,14 @@ def free_ports(count: int) -> list[int]:
     ports follow the gateway's."""
     while True:
         first = random.randrange(10_000, 32_000)
-        probes = [socket.socket() for _ in range(count)]
-        try:
-            for offset, other in enumerate(probes):
-                other.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        finally:
-            for other in probes:
-                other.close()
-        return [first + offset for offset in range(count)]
+        ports = range(first, first + count)
+        if not any(_answers(port) for port in ports):
+            return list(ports)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Caller(asyncio.Protocol):
@@ -240,20 +269,9 @@ async def compare(one: Running, other: Running, options: argparse.Namespace) -> 
         order = (one, other) if n % 2 else (other, one)
         took = {broker: await slice_of(broker) for broker in order}
         pairs.append((took[one], took[other]))
-    with_all, without = zip(*pairs, strict=True)
     # What others do on the machine only ever adds: the quickest tenth is the least disturbed.
-    undisturbed = [statistics.quantiles(took, n=10)[0] for took in (with_all, without)]
-    costs = [(a / b - 1) * 100 for a, b in pairs]
-    return {
-        "store": options.store,
-        "subscribers": options.subscribers,
-        "pairs": options.pairs,
-        "counting_us": round(undisturbed[0], 2),
-        "without_us": round(undisturbed[1], 2),
-        "cost_percent": round((undisturbed[0] / undisturbed[1] - 1) * 100, 2),
-        "median_of_pairs_percent": round(statistics.median(costs), 2),
-        "scrape_ms": await scrape_ms(one),
-    }
+    first, second = (statistics.quantiles(took, n=10)[0] for took in zip(*pairs, strict=True))
+    return {"first_us": first, "second_us": second, "scrape_ms": await scrape_ms(one)}
 
 
 async def scrape_ms(broker: Running) -> list[float]:

@@ -17,7 +17,7 @@ PACKAGES = ("broker", "gateway", "shards")
 KEPT = {"clients_total", "subscriptions_total"}
 """Counters that also number things."""
 COUNTERS = {"received_bytes", "sent_bytes"}
-METHODS = {"observe", "note", "count_refused", "count_failure"}
+METHODS = {"observe", "count_refused", "count_failure"}
 ADDED_TO = {"hot", "closed_total", "failures_total"}
 BODIES = {
     ("FanOut", "flush"): "if self._hub.has_events: self._hub.flush()",

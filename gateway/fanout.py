@@ -24,20 +24,17 @@ class FanOut:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._last: Event | None = None
+        self.last: Event | None = None
+        """Of the events of the piece that is being taken; it is looked at."""
         self._budget = Budget()
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.delays = Histogram(SECONDS)
 
-    def note(self, event: Event) -> None:
-        """An event of the piece that is being taken; the last one is looked at."""
-        self._last = event
-
     def flush(self) -> None:
         """The piece is taken: deliver it."""
         hub = self._hub
-        event, self._last = self._last, None
+        event, self.last = self.last, None
         if not hub.has_events:
             return
         if not self._budget.weight():

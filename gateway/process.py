@@ -183,7 +183,7 @@ class Gateway:
                     subscriptions=self.hub.count((event.stream, event.group_id)),
                 )
             )
-        self.fanout.note(event)
+        self.fanout.last = event
         self.stream_port.event_received(shard, event)
         if event.triggers:
             self.triggers.fire_stream(event)

@@ -15,6 +15,7 @@ from broker.errors import ConfigError, StorageError
 from shards import folder, manifest
 from shards.files import sync_directory
 from shards.folder import Contents, contents_of, shard_directories, stream_files
+from shards.group import new_epoch
 from shards.progress import Progress
 from shards.storage.sqlite_file import StreamFile, failure, stream_name
 
@@ -67,10 +68,12 @@ def restore(path: Path, source: Path) -> Contents:
         raise ConfigError("--config", f"{path} holds data already; move it away first")
     with contextlib.suppress(OSError):
         path.rmdir()
-    return _copy(source, path, current.shards)
+    # What came after the backup is gone, and its numbers will be given to other changes.
+    return _copy(source, path, current.shards, epoch=new_epoch())
 
 
-def _copy(source: Path, target: Path, shards: int) -> Contents:
+def _copy(source: Path, target: Path, shards: int, epoch: str | None = None) -> Contents:
+    """Copy, and begin other numberings, called `epoch`, if it is given."""
     draft = target.with_name(f"{target.name}.unfinished")
     if target.exists():
         raise ConfigError("DIR", f"{target} exists already")
@@ -80,7 +83,7 @@ def _copy(source: Path, target: Path, shards: int) -> Contents:
     files = [file for directory in shard_directories(source) for file in stream_files(directory)]
     progress, contents = Progress("copying", len(files)), Contents()
     for file in files:
-        _copy_file(file, draft / file.parent.name / file.name, contents)
+        _copy_file(file, draft / file.parent.name / file.name, contents, epoch)
         progress.add(1)
     manifest.write(draft / manifest.FILE_NAME, shards)
     folder.sync_tree(draft)
@@ -89,7 +92,7 @@ def _copy(source: Path, target: Path, shards: int) -> Contents:
     return contents
 
 
-def _copy_file(source: Path, target: Path, contents: Contents) -> None:
+def _copy_file(source: Path, target: Path, contents: Contents, epoch: str | None) -> None:
     try:
         old = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
         new = sqlite3.connect(target)
@@ -106,6 +109,8 @@ def _copy_file(source: Path, target: Path, contents: Contents) -> None:
     file = StreamFile(target, stream)
     try:
         contents_of(file, stream, contents)
+        if epoch is not None:
+            file.begin_epoch(epoch)
     finally:
         file.close()
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from broker.errors import StorageError
+from broker.hot import Budget
 from broker.metrics import SECONDS, SIZES, Histogram
 from broker.tasks import Tasks
 from shards.group import Operation
@@ -64,6 +65,7 @@ class Committer(Generic[T]):
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.hot = HotGroups()
+        self._budget = Budget()
 
     def add(self, operation: Operation, asker: T) -> None:
         """Queue `operation`; it starts with the next `start`."""
@@ -87,6 +89,11 @@ class Committer(Generic[T]):
         for lane in ready:
             self._run(lane)
 
+    def rotate(self, now: float) -> None:
+        """A second is over; `now` of `time.monotonic`."""
+        self._budget.refill()
+        self.hot.rotate(now)
+
     async def drain(self) -> None:
         """Wait until nothing waits."""
         while self._lanes:
@@ -109,11 +116,14 @@ class Committer(Generic[T]):
             batch = lane.take()
             self.batches_total += 1
             self.operations_total += len(batch)
-            self.sizes.observe(len(batch))
             lane.executing, lane.settled_at_once = True, False
             operations = [operation for operation, _ in batch]
-            self.hot.add(lane.stream, operations)
-            settle = partial(self._settled, lane, batch, time.perf_counter())
+            began_at = 0.0
+            if weight := self._budget.weight():
+                began_at = time.perf_counter()
+                self.sizes.observe(len(batch))
+                self.hot.add(lane.stream, operations, weight)
+            settle = partial(self._settled, lane, batch, began_at)
             self._storage.execute(lane.stream, operations, settle)
             lane.executing = False
             if not lane.settled_at_once:
@@ -127,7 +137,8 @@ class Committer(Generic[T]):
         began_at: float,
         settled: Sequence[Settled],
     ) -> None:
-        self.durations.observe(time.perf_counter() - began_at)
+        if began_at:
+            self.durations.observe(time.perf_counter() - began_at)
         self.waiting -= len(batch)
         for (operation, asker), outcome in zip(batch, settled, strict=True):
             self._settle(operation, asker, outcome)

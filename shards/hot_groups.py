@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.hot import Budget, Hot
+from broker.hot import Hot
 from shards.group import Operation
 
 SAMPLES = 2
@@ -12,20 +12,16 @@ SAMPLES = 2
 
 
 class HotGroups:
-    """Counts operations: of few batches all, of many a sample, of which each stands for those
-    around it. `rotate` has to be called about once a second."""
+    """Counts operations of the batches that it is given: streams exactly, groups by a few of each
+    batch, of which each stands for those around it."""
 
     def __init__(self) -> None:
         self.streams = Hot[str]()
         self.groups = Hot[tuple[str, str]]()
-        self._budget = Budget()
         self._turn = 0
 
-    def add(self, stream: str, operations: Sequence[Operation]) -> None:
-        """Count a batch."""
-        weight = self._budget.weight()
-        if not weight:
-            return
+    def add(self, stream: str, operations: Sequence[Operation], weight: int) -> None:
+        """Count a batch that stands for `weight` of them."""
         count = len(operations)
         self.streams.add(stream, count * weight)
         step = count // SAMPLES or 1
@@ -35,7 +31,6 @@ class HotGroups:
             self.groups.add((stream, operation.group_id), step * weight)
 
     def rotate(self, now: float) -> None:
-        """A second is over."""
-        self._budget.refill()
+        """To be called about once a second."""
         self.streams.rotate(now)
         self.groups.rotate(now)

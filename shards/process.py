@@ -88,7 +88,7 @@ async def serve(process: Service) -> None:
     add_top_streams(registry, requests, settings.metrics.top_streams, time.monotonic)
     if isinstance(storage, SqliteStorage) and survey is not None:
         add_files(registry, storage, survey)
-    rotate = requests.committer.hot.rotate
+    rotate = requests.committer.rotate
     vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
     Introspection(index, requests, vitals, report)
     requests.tracing = process.tracing
@@ -226,9 +226,15 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
         "commit_operations", "Operations in those batches.", lambda: committer.operations_total
     )
     metrics.histogram(
-        "commit_seconds", "Duration of a batch, from start to settled.", committer.durations
+        "commit_seconds",
+        "Duration of a batch, from start to settled; of the same batches.",
+        committer.durations,
     )
-    metrics.histogram("commit_batch_operations", "Operations of a batch.", committer.sizes)
+    metrics.histogram(
+        "commit_batch_operations",
+        "Operations of a batch; of the first hundred batches of a second, then of one in 16.",
+        committer.sizes,
+    )
     metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)
     metrics.counter("events", "Events sent to gateways.", lambda: requests.events_total)
     metrics.counters(

@@ -342,7 +342,8 @@ class Requests:
         for link in {**dict.fromkeys(interested), **dict.fromkeys(fired)}:
             triggers = fired.get(link, [])
             self.events_total += 1
-            self.triggers_fired_total += len(triggers)
+            if triggers:
+                self.triggers_fired_total += len(triggers)
             link.send(
                 Event(
                     stream,

@@ -290,6 +290,13 @@ class StreamFile:
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
+    def begin_epoch(self, epoch: str) -> None:
+        """Let no group's numbering be taken for the one that it had."""
+        try:
+            self._connection.execute("UPDATE groups SET epoch = ?", (epoch,))
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
     def all_items(self, row: int) -> list[tuple[str, bytes]]:
         """Ids and values of a group's items, in order of first insertion."""
         return list(self.iterate_items(row))

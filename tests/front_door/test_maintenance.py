@@ -238,8 +238,43 @@ def test_backup_while_it_runs_and_restore(run: Run, tmp_path: Path) -> None:
         broker.start()
         after = run(contents(broker))
         busy = after.pop(("busy", "g"))
+        epochs = [{history.pop("epoch") for _, history in c.values()} for c in (before, after)]
+        assert epochs[0].isdisjoint(epochs[1])
         assert after == before
         assert 50 <= len(busy[0]) <= 200  # some moment of the backup
+
+
+def test_who_has_seen_more_than_the_backup_gets_a_sync(run: Run, tmp_path: Path) -> None:
+    """Numbers that were given before are given again, to other changes: nobody may go on there."""
+    target = tmp_path / "backup"
+
+    async def write(broker: Broker, values: range) -> None:
+        worker = await Worker.open(broker.worker_url)
+        for n in values:
+            await result_of(worker, "stream::set", item("chat", "g", "i", data=n))
+        await worker.close()
+
+    async def joined(broker: Broker, **since: Any) -> dict[str, Any]:
+        async with await StreamClient.open(broker.stream_url) as client:
+            return await client.join("chat", "g", **since)
+
+    with Broker() as broker:
+        run(write(broker, range(5)))
+        assert done("backup", "--data-dir", broker.data_dir, target)[0] == 0
+        run(write(broker, range(5, 10)))
+        seen = run(joined(broker))
+        assert seen["seq"] == 10
+        assert broker.stop() == 0
+        shutil.rmtree(broker.data_dir / "stream_store")
+        assert done("restore", "--data-dir", broker.data_dir, target)[0] == 0
+        broker.start()
+        run(write(broker, range(100, 110)))
+        answer = run(joined(broker, since=seen["seq"], epoch=seen["epoch"]))
+        assert answer["event"]["type"] == "sync", answer
+        assert answer["resumed"] is False
+        assert answer["event"]["data"] == [109]
+        now = run(joined(broker, since=answer["seq"], epoch=answer["epoch"]))
+        assert now["resumed"] is True
 
 
 @pytest.mark.parametrize("words", [("backup", "x"), ("restore", "x"), ("reshard", "--shards", "2")])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import messages
-from broker.hot import WINDOW_S, Hot, Summary
+from broker.hot import EACH, EXACT, WINDOW_S, Budget, Hot, Summary
 from shards.hot_groups import HotGroups
 
 counted = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=300)
@@ -46,26 +46,22 @@ def test_rates_are_of_the_last_windows() -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=20, max_size=80))
-def test_few_batches_are_counted_exactly(sizes: list[int]) -> None:
+def test_batches_are_counted(sizes: list[int]) -> None:
     """By stream; of groups that take turns all are seen, to within what samples can tell."""
     hot = HotGroups()
     for size in sizes:
-        hot.add("s", [messages.Get(0, "s", f"g{n % 2}", "i") for n in range(size)])
+        hot.add("s", [messages.Get(0, "s", f"g{n % 2}", "i") for n in range(size)], 1)
     assert hot.streams.top(1, 0.0) == [("s", float(sum(sizes)))]
     counts = dict(hot.groups.top(2, 0.0))
     assert counts.keys() <= {("s", "g0"), ("s", "g1")}
     assert abs(sum(counts.values()) - sum(sizes)) <= sum(size // 2 for size in sizes)
 
 
-def test_many_batches_are_counted_by_samples() -> None:
-    """To a few of a hundred; and exactly again when there are few."""
-    hot = HotGroups()
-    for n in range(5000):
-        stream = "often" if n % 3 else "seldom"
-        hot.add(stream, [messages.Get(0, stream, "g", "i")] * 3)
-    counts = dict(hot.streams.top(2, 0.0))
-    assert abs(counts["often"] - 10_000) < 500
-    assert abs(counts["seldom"] - 5_000) < 500
-    hot.rotate(0.0)
-    hot.add("new", [messages.Get(0, "new", "g", "i")])
-    assert ("new", 1.0) in hot.streams.top(3, 1.0)
+def test_a_budget_lets_few_pass_and_a_share_of_many() -> None:
+    budget = Budget()
+    assert [budget.weight() for _ in range(EXACT)] == [1] * EXACT
+    weights = [budget.weight() for _ in range(100 * EACH)]
+    assert set(weights) == {0, EACH}
+    assert sum(weights) == 100 * EACH
+    budget.refill()
+    assert budget.weight() == 1
