@@ -53,7 +53,7 @@ def test_what_is_broken_is_found(
 
 
 def test_a_sync_that_the_link_had_no_room_for_is_asked_for_again() -> None:
-    """Found by a seed whose links take little: the shard is linked, and will not be linked again."""
+    """Found by a seed whose links take little: the shard is linked, and will not be so again."""
     call, number = ShardLink.call, count(1)
 
     def call_if_room(self: ShardLink, message: Any, call_id: int, answered: Any) -> None:
