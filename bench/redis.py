@@ -18,14 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from bench import broker as brokers
-from bench import load
-from bench.broker import Running, free_port
-from bench.set_throughput import RESULTS, cpu_seconds
+from bench import generator
+from bench.broker import Running, cpu_seconds, free_port
+from bench.results import RESULTS
 
 CONNECTIONS, IN_FLIGHT = 8, 32
 VALUE_BYTES = 128
@@ -97,7 +95,7 @@ def one_round(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, floa
             yield name, benchmark(redis, pipeline)
         for groups in GROUPS:
             redis.cli("flushall")
-            with running_on(redis, options.shards) as broker:
+            with brokers.running(f"redis:{redis.port}", options.shards) as broker:
                 figures = measure(broker, groups, options.seconds, redis.process.pid)
                 yield f"Redis, {groups} groups", figures
     finally:
@@ -126,62 +124,16 @@ def measure(
     broker: Running, groups: int, seconds: float, redis_pid: int | None = None
 ) -> dict[str, float]:
     """The generator against a broker."""
-    before = {pid: cpu_seconds(pid) for pid in broker.roles}
-    redis_before = cpu_seconds(redis_pid) if redis_pid else 0.0
-    command = [sys.executable, "-m", "bench.redis", "--load", str(groups), "127.0.0.1"]
-    command += [str(broker.worker_port), "--connections", str(CONNECTIONS), "--in-flight"]
-    command += [str(IN_FLIGHT), "--seconds", str(seconds), "--warm-up", "0.5"]
-    output = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    calls = output["calls_per_s"] * (seconds + 0.5)  # about: the warm-up counts as the rest
-    figures = {"per_s": output["calls_per_s"], "p50_ms": output["p50_ms"]}
-    figures |= {"gateway_us": 0.0, "shards_us": 0.0}
-    for pid, role in broker.roles.items():
-        used = (cpu_seconds(pid) - before[pid]) / calls * 1e6
-        figures["gateway_us" if role == "gateway" else "shards_us"] += used
-    redis_used = cpu_seconds(redis_pid) - redis_before if redis_pid else 0.0
-    return figures | {"redis_us": redis_used / calls * 1e6}
-
-
-@contextmanager
-def running_on(redis: Redis, shards: int) -> Iterator[Running]:
-    """`broker serve` on a Redis."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    config = folder / "broker.yaml"
-    config.write_text(
-        "workers:\n- name: iii-stream\n  config:\n    adapter:\n      name: redis\n"
-        f"      config: {{redis_url: 'redis://127.0.0.1:{redis.port}'}}\n"
-    )
-    port, worker_port = free_port(), free_port()
-    process = subprocess.Popen(
-        f"{sys.executable} -m broker serve --config {config} --data-dir {folder / 'data'}"
-        f" --shards {shards} --host 127.0.0.1 --port {port} --worker-port {worker_port}"
-        " --metrics-port 0 --log-level error".split(),
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        assert ready.startswith(b"ready "), ready
-        yield Running(port, worker_port, brokers._roles(process.pid))
-    finally:
-        process.terminate()
-        process.wait(30)
-        shutil.rmtree(folder)
-
-
-def set_call(groups: int, connection: int, number: int, value: bytes) -> bytes:
-    """As the generator's, over `groups` groups."""
-    return load.masked_text_frame(
-        b'{"type":"invokefunction","invocation_id":"00000000-0000-4000-8000-%012d",'
-        b'"function_id":"stream::set","data":{"stream_name":"bench","group_id":"group-%d",'
-        b'"item_id":"item-%d","data":%b}}'
-        % (number, (connection * 251 + number) % groups, number % 1000, value)
-    )
+    load = {"writers": CONNECTIONS, "in-flight": IN_FLIGHT, "groups": groups, "items": 1000}
+    options = {**load, "value-bytes": VALUE_BYTES, "seconds": seconds, "warm-up": 0.5}
+    told = generator.run(broker, options, [redis_pid] if redis_pid else [])
+    figures = {"per_s": told["calls_per_s"], "p50_ms": told["call_p50_ms"]}
+    figures |= {"gateway_us": 0.0, "shards_us": 0.0, "redis_us": 0.0}
+    for pid, used_s in told["cpu_s"].items():
+        role = "redis" if int(pid) == redis_pid else broker.roles[int(pid)]
+        figures[f"{role}_us"] += used_s / told["calls"] * 1e6
+    return figures
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--load"]:
-        load.set_call = partial(set_call, int(sys.argv[2]))
-        del sys.argv[1:3]
-        load.main()
     raise SystemExit(main())
