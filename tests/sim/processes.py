@@ -141,13 +141,14 @@ class _Service:
         self.config = settings
         self.index = index
         self.stopping = asyncio.Event()
+        self.hurried = asyncio.Event()
 
     def ready(self, _: Ready) -> None:
         """Nobody waits for it."""
 
     def stop(self) -> None:
-        """Begin to stop."""
-        self.stopping.set()
+        """Begin to stop; told again, hurry."""
+        (self.hurried if self.stopping.is_set() else self.stopping).set()
 
 
 class Shard(Process):
