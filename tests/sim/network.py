@@ -137,6 +137,7 @@ class Endpoint(asyncio.Transport):
         """The process is gone."""
         self.lost = self.closing = True
         self.out.end(reset=self.loop.world.rng.random() < 0.5)
+        self.into.pump()  # what was not read comes to nobody
 
     def _finish(self, error: Exception | None) -> None:
         if self.lost:
@@ -145,6 +146,7 @@ class Endpoint(asyncio.Transport):
         self.incoming.clear()
         self.loop.ends.pop(self, None)
         self.out.end()
+        self.into.pump()
         self.loop.call_soon(self.protocol.connection_lost, error)
 
 

@@ -147,8 +147,8 @@ class _Service:
         """Nobody waits for it."""
 
     def stop(self) -> None:
-        """Begin to stop."""
-        self.stopping.set()
+        """Begin to stop; told again, hurry."""
+        (self.hurried if self.stopping.is_set() else self.stopping).set()
 
 
 class Shard(Process):
