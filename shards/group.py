@@ -150,6 +150,7 @@ class GroupState:
         "group_id",
         "head",
         "history",
+        "id_bytes",
         "items",
         "names",
         "row",
@@ -163,6 +164,8 @@ class GroupState:
         self.complete = True
         self.count = 0
         self.bytes = 0
+        self.id_bytes = 0
+        """About, of the ids of `items`, when that is complete."""
         self.names = b'"streamName":' + _encode(stream) + b',"groupId":' + _encode(group_id)
         """The JSON text of the envelope's names, encoded once."""
         self.row = 0
@@ -306,6 +309,7 @@ class GroupState:
         if old is None:
             kind, old = Kind.CREATE, b"null"
             self.count += 1
+            self.id_bytes += len(item_id)
         else:
             kind = Kind.UPDATE
             self.bytes -= len(old) + 1
@@ -317,6 +321,7 @@ class GroupState:
         if old is None:
             return Done(b'{"old_value":null}')
         self.count -= 1
+        self.id_bytes -= len(item_id)
         self.bytes -= len(old) + 1
         change = self._change(Kind.DELETE, item_id, old, now_ms)
         return Done(b'{"old_value":' + old + b"}", change)

@@ -347,6 +347,7 @@ class SqliteStorage:
             found = await self._in_thread(lambda: [load() for _, load in loads])
             for (group, _), items in zip(loads, found, strict=True):
                 group.items = dict(items)
+                group.id_bytes = sum(map(len, group.items))
 
     async def _read_large(self, state: _Stream, group: GroupState, operation: Operation) -> Settled:
         now_ms = self._clock()
@@ -509,7 +510,8 @@ class SqliteStorage:
             self._threads.submit(file.close)
 
     def _size(self, group: GroupState) -> int:
-        return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
+        items = group.bytes + group.id_bytes + group.count * ITEM_OVERHEAD_BYTES
+        return GROUP_OVERHEAD_BYTES + items
 
     def _account(self, state: _Stream, group_ids: set[str]) -> None:
         """Count what the groups hold now."""
