@@ -237,17 +237,17 @@ class SqliteStorage:
         """Nothing to do: nobody else changes it."""
 
     async def streams(self) -> list[str]:
-        known = {name for name, stream in self._streams.items() if stream.groups}
-        return list(known | await self._in_thread(self._streams_on_disk))
+        known = [name for name, stream in self._streams.items() if stream.groups]
+        return list(dict.fromkeys([*known, *await self._in_thread(self._streams_on_disk)]))
 
-    def _streams_on_disk(self) -> set[str]:
-        names = set()
-        for path in self._directory.glob("*.db"):
+    def _streams_on_disk(self) -> list[str]:
+        names = []
+        for path in sorted(self._directory.glob("*.db")):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = stream_name(path)
             if name is not None:
-                names.add(name)
+                names.append(name)
         return names
 
     async def groups(self, stream: str) -> list[str]:

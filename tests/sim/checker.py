@@ -15,7 +15,8 @@ What it decides, by the name of the rule that a `Violation` has:
   one twice, or an older one after a newer one; also over reconnects.
 - `sync`, `resume`: the answer to a join is not the state as of its seq, goes back, or does not go
   on from where it was asked to.
-- `behind`: a subscriber that had all the time it needed does not have the last events.
+- `behind`: a subscriber that had all the time it needed does not have the last events, or what it
+  was told makes another state than that of the end (where its syncs name their items).
 - `lost`: what was acknowledged, or shown to anyone, is not there at the end.
 - `phantom`: an event that no call made, that a refused call made, or one call twice.
 - `result`: an answer, or a written value, that does not follow from the state before it.
@@ -55,7 +56,8 @@ from tests.sim.history import (
 from tests.sim.order import Impossible, Placed, Searched, explained, placed_wrongly
 
 FAULT_REACH_S = 10.0
-"""A fault may have taken the triggers of calls that ended so long before it at most."""
+"""A fault may have taken the triggers of calls that ended so long before it at most, unless `check`
+is told otherwise."""
 
 GroupKey = tuple[str, str]
 
@@ -90,9 +92,13 @@ class Report(msgspec.Struct):
         return "\n".join(map(str, self.violations)) or "nothing wrong"
 
 
-def check(records: Iterable[Record]) -> Report:
-    """Judge a run."""
-    return _Check(records).report
+def check(records: Iterable[Record], fault_reach_s: float = FAULT_REACH_S) -> Report:
+    """Judge a run.
+
+    Args:
+        fault_reach_s: how long after its answer a change may be on the way to its triggers.
+    """
+    return _Check(records, fault_reach_s).report
 
 
 class _Group:
@@ -134,8 +140,9 @@ class _Group:
 
 
 class _Check:
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], fault_reach_s: float) -> None:
         self.report = Report()
+        self._fault_reach_s = fault_reach_s
         self._groups: dict[GroupKey, _Group] = {}
         self._subscribers: dict[str, list[Join | Frame | Leave]] = {}
         self._caught: set[str] = set()
@@ -230,6 +237,7 @@ class _Check:
     def _judge_subscriber(self, name: str, seen: list[Join | Frame | Leave]) -> None:
         join: Join | None = None
         last: Frame | None = None  # of all its sessions
+        state: dict[str, str] | None = None  # what it knows: identities by item
         live = joined = False
         for record in seen:
             match record:
@@ -253,6 +261,7 @@ class _Check:
                         assert last is not None, "its sync, at least"
                         self._judge_next(where, join, last, record)
                     last = record
+                    state = _told_state(state, join, record)
         if name not in self._caught:
             return
         assert join is not None, "who has caught up has joined"
@@ -262,6 +271,11 @@ class _Check:
             self._wrong("behind", f"{name} was never synced")
         elif missing := self._missing(join, last.seq, end + 1):
             self._wrong("behind", f"{name} ends at {last.seq}, misses {missing} of {group.name}")
+        if group.final is None or state is None:
+            return
+        items = {i: _identity(v) for i, v in group.final.items if join.item in (None, i)}
+        if state != items:
+            self._wrong("behind", f"{name} was told {state}, {group.name} ends as {items}")
 
     def _judge_time(self, where: str, last: Frame, frame: Frame) -> None:
         # A resume has no event of its own, and what follows it has a time of its own.
@@ -303,6 +317,8 @@ class _Check:
         """The events between two that concern the subscription; unknown ones do when it is of a
         whole group."""
         told = self._group(join.stream, join.group).told
+        if join.conflate:  # what it ends with has to be right
+            return []
         return [
             seq
             for seq in range(after + 1, before)
@@ -338,10 +354,10 @@ class _Check:
             call = group.made_by(told)
             if call is None or call.outcome != "ok" or call.ended is None:
                 continue
-            if call.began < session.at or call.ended + FAULT_REACH_S > (session.until or inf):
+            if call.began < session.at or call.ended + self._fault_reach_s > (session.until or inf):
                 continue
             if not any(
-                call.began <= fault.at <= call.ended + FAULT_REACH_S
+                call.began <= fault.at <= call.ended + self._fault_reach_s
                 and (fault.groups is None or group.key in fault.groups)
                 for fault in self._faults
             ):
@@ -660,12 +676,37 @@ def _after(call: Call, found: Any) -> Any:
             case "increment":
                 value[path] = value.get(path, 0) + op["by"]
             case "append":
-                value[path] = [*value.get(path, []), op["value"]]
+                value[path] = _appended(value.get(path), op["value"])
             case "remove":
                 value.pop(path, None)
             case other:
                 raise ValueError(f"the checker does not know the op {other}")
     return value
+
+
+def _appended(target: Any, added: Any) -> Any:
+    if isinstance(target, list):
+        return [*target, added]
+    if target is None:
+        return added if isinstance(added, str) else [added]
+    return target + added
+
+
+def _told_state(state: dict[str, str] | None, join: Join, frame: Frame) -> dict[str, str] | None:
+    """What a subscriber knows after a frame; None where it can't be told."""
+    match frame.kind:
+        case "sync" if join.item is not None:
+            return {} if frame.data is None else {join.item: _identity(frame.data)}
+        case "sync":
+            if frame.ids is None:
+                return None
+            return {i: _identity(value) for i, value in zip(frame.ids, frame.data, strict=False)}
+        case "create" | "update" | "delete" if state is not None:
+            assert frame.item is not None, "changes are of items"
+            known = {i: value for i, value in state.items() if i != frame.item}
+            return known if frame.kind == "delete" else known | {frame.item: _identity(frame.data)}
+        case _:
+            return state
 
 
 def _epoch(group: _Group, epoch: str, seq: int) -> None:

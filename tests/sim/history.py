@@ -53,6 +53,7 @@ class Join(msgspec.Struct, tag_field="record", tag="join", kw_only=True):
     subscriber: the same over reconnects, and always on the same group and item. A connection has
         at most one of a group, so that each frame belongs to one.
     since, epoch: the position that it gave, if it gave one.
+    conflate: whether it wants the newest state of each item only while it is slow.
     A subscriber's joins, frames and leaves are in order in the file.
     """
 
@@ -63,6 +64,7 @@ class Join(msgspec.Struct, tag_field="record", tag="join", kw_only=True):
     item: str | None = None
     since: int | None = None
     epoch: str | None = None
+    conflate: bool = False
 
 
 class Frame(msgspec.Struct, tag_field="record", tag="frame", kw_only=True):
