@@ -96,7 +96,8 @@ def make_directory(path: Path) -> None:
     while not path.is_dir():
         missing.append(path)
         path = path.parent
-    sync_directory(path.parent)
+    with suppress(PermissionError):  # a folder of somebody else's, which we made nothing in
+        sync_directory(path.parent)
     for made in reversed(missing):
         with suppress(FileExistsError):  # another shard was faster
             os.mkdir(made)

@@ -157,6 +157,7 @@ class GroupState:
         "group_id",
         "head",
         "history",
+        "id_bytes",
         "items",
         "names",
         "row",
@@ -170,6 +171,8 @@ class GroupState:
         self.complete = True
         self.count = 0
         self.bytes = 0
+        self.id_bytes = 0
+        """About, of the ids of `items`, when that is complete."""
         self.names = names or names_text(stream, group_id)
         """The JSON text of the envelope's names, encoded once."""
         self.row = 0
@@ -313,6 +316,7 @@ class GroupState:
         if old is None:
             kind, old = Kind.CREATE, b"null"
             self.count += 1
+            self.id_bytes += len(item_id)
         else:
             kind = Kind.UPDATE
             self.bytes -= len(old) + 1
@@ -324,6 +328,7 @@ class GroupState:
         if old is None:
             return Done(b'{"old_value":null}')
         self.count -= 1
+        self.id_bytes -= len(item_id)
         self.bytes -= len(old) + 1
         change = self._change(Kind.DELETE, item_id, old, now_ms)
         return Done(b'{"old_value":' + old + b"}", change)

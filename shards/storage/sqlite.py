@@ -243,17 +243,17 @@ class SqliteStorage:
         """Nobody else changes anything."""
 
     async def streams(self) -> list[str]:
-        known = dict.fromkeys(name for name, stream in self._streams.items() if stream.groups)
-        return list(known | await self._in_thread(self._streams_on_disk))
+        known = [name for name, stream in self._streams.items() if stream.groups]
+        return list(dict.fromkeys([*known, *await self._in_thread(self._streams_on_disk)]))
 
-    def _streams_on_disk(self) -> dict[str, None]:
-        names: dict[str, None] = {}
+    def _streams_on_disk(self) -> list[str]:
+        names = []
         for path in sorted(self.directory.glob("*.db")):
             name = stream_of_file_name(path.stem)
             if name is None:
                 name = stream_name(path)
             if name is not None:
-                names[name] = None
+                names.append(name)
         return names
 
     async def groups(self, stream: str) -> list[str]:
@@ -408,6 +408,7 @@ class SqliteStorage:
             found = await self._in_thread(lambda: [load() for _, load in loads])
             for (group, _), items in zip(loads, found, strict=True):
                 group.items = dict(items)
+                group.id_bytes = sum(map(len, group.items))
 
     async def _read_large(self, state: _Stream, group: GroupState, operation: Operation) -> Settled:
         now_ms = self._clock()
@@ -603,7 +604,8 @@ class SqliteStorage:
             self._threads.submit(file.close, _closed)
 
     def _size(self, group: GroupState) -> int:
-        return GROUP_OVERHEAD_BYTES + group.bytes + group.count * ITEM_OVERHEAD_BYTES
+        items = group.bytes + group.id_bytes + group.count * ITEM_OVERHEAD_BYTES
+        return GROUP_OVERHEAD_BYTES + items
 
     def _account(self, state: _Stream, group_ids: Iterable[str]) -> None:
         """Count what the groups hold now, in the order of their use."""

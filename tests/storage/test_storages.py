@@ -536,6 +536,21 @@ async def test_many_groups_with_little_cache(durable: Storages) -> None:
 # Failures ------------------------------------------------------------------------------------
 
 
+@asynchronous
+async def test_long_ids_count_in_the_cache(tmp_path: Path) -> None:
+    """They are in memory like values; loaded or written, they are the same."""
+    storages = Storages("sqlite", tmp_path)
+    ids = [f"{number:0500}" for number in range(80)]
+    sizes = []
+    for operations in ([put(item_id, 1) for item_id in ids], [join()], [delete(ids[0])]):
+        async with storages.opened() as storage:
+            assert isinstance(storage, SqliteStorage)
+            await settle(storage, "s", *operations)
+            sizes.append(storage.cached_bytes)
+    assert sizes[0] == sizes[1] > 80 * 500
+    assert 500 < sizes[1] - storage.cached_bytes < 1000
+
+
 def is_corrupt(outcome: Any, path: Path) -> bool:
     return (
         isinstance(outcome, StorageError)
