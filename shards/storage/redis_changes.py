@@ -6,9 +6,9 @@ history. While an `execute` of our own is under way on a group, what arrives is 
 come between what came before and what came after.
 
 Of a stream that triggers want all groups are told, from the moment at which its channel is
-subscribed to. What comes first of a group is the first since then; for one that we change first, a
-ping of the connection brings what others changed before. After a lost connection the groups that
-were seen go on from where they were; of others what is newer than the subscription is told.
+subscribed to. What comes first of a group is the first since then; for one that we change first,
+what others changed before comes ahead of our own. After a lost connection the groups that were
+seen go on from where they were; of others what is newer than the subscription is told.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ QUIET_S_MAX = 10.0
 """Seconds without a message after which the connection is asked for a sign of life."""
 TRACKED_MAX = 100_000
 """Groups that are followed for triggers; the longest quiet ones are forgotten."""
-BARRIER_S_MAX = 1.0
+BARRIER_S_MAX = 0.3
+"""Seconds that what was told before has to arrive; else it is looked for in the history."""
 SKEW_MS_MAX = 2000
 """That brokers' clocks may differ. It decides only what is new in a group that was not seen since
 its stream was subscribed to, after a lost connection."""
@@ -75,6 +76,7 @@ class _Watched:
         self.epoch, self.seq = position or ("", 0)
         self.is_known = position is not None
         self.is_wanted = is_wanted  # for itself, not only because its stream is
+        self.awaited: asyncio.Future[None] | None = None  # the next that is held
         self.is_doubtful = False  # whether changes may be missing before the first that comes
         self.busy = False
         self.held: dict[int, tuple[str, Change]] = {}
@@ -266,7 +268,7 @@ class RemoteChanges:
             return
         own = numbers()
         if not watched.is_known or watched.epoch != epoch:
-            await self._find_position(group, watched, epoch, min(own, default=seq + 1))
+            await self._find_position(group, watched, epoch, seq, own)
         missing = [n for n in range(watched.seq + 1, seq + 1) if n not in own]
         if missing:
             found = {n: change for n, (of, change) in watched.held.items() if of == epoch}
@@ -278,19 +280,19 @@ class RemoteChanges:
         watched.seq = max(watched.seq, seq)
 
     async def _find_position(
-        self, group: Group, watched: _Watched, epoch: str, first_own: int
+        self, group: Group, watched: _Watched, epoch: str, seq: int, own: set[int]
     ) -> None:
         """Up to where a group was told of which nothing was told yet."""
         stream = self._streams.get(group.stream)
-        first = first_own
+        first = min(own, default=seq + 1)
         if stream is not None and stream.since_ms is not None:
             is_doubtful = stream.is_in_doubt or watched.is_doubtful
-            if is_doubtful or not await self._barrier():  # others' changes before ours
+            if is_doubtful or not await self._heard_before(watched, epoch, own):
                 with suppress(StorageError):
                     await self._find_new([group])
                 if watched.is_known and watched.epoch == epoch:
                     return
-            first = min([first_own, *(n for n, (of, _) in watched.held.items() if of == epoch)])
+            first = min([first, *(n for n, (of, _) in watched.held.items() if of == epoch)])
         watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
 
     def end(self, groups: Iterable[Group]) -> None:
@@ -329,6 +331,8 @@ class RemoteChanges:
     def _hold(self, watched: _Watched, epoch: str, change: Change) -> None:
         if len(watched.held) < HELD_MAX:
             watched.held[change.seq] = epoch, change
+        if watched.awaited is not None and not watched.awaited.done():
+            watched.awaited.set_result(None)
 
     def _heal_soon(self, group: Group) -> None:
         self._missing.add(group)
@@ -449,6 +453,24 @@ class RemoteChanges:
             watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
             if not watched.busy:
                 self._heal_soon(group)
+
+    async def _heard_before(self, watched: _Watched, epoch: str, own: set[int]) -> bool:
+        """Return when all has arrived that others changed before the changes `own`; False when
+        nobody can say. Our own come the same way, right behind it; where there are none, what
+        comes before the answer to a ping will do."""
+        if not own:
+            return await self._barrier()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(BARRIER_S_MAX):
+                while not any(watched.held.get(n, ("",))[0] == epoch for n in own):
+                    watched.awaited = loop.create_future()
+                    await watched.awaited
+        except TimeoutError:
+            return False
+        finally:
+            watched.awaited = None
+        return True
 
     async def _barrier(self) -> bool:
         """Return when all that Redis told before has arrived; False when nobody can say."""
