@@ -71,10 +71,12 @@ class RemoteChanges:
         client: RedisClient | RedisCluster,
         tell: RemoteChange,
         tell_foreign: Callable[[Foreign], None],
+        tell_lost: Callable[[str, str, str], None],
     ) -> None:
         self._client = client
         self._tell = tell
         self._tell_foreign = tell_foreign
+        self._tell_lost = tell_lost
         self._watched: dict[Group, _Watched] = {}
         self._channels: dict[bytes, Group] = {}
         self._positions: OrderedDict[Group, _Position] = OrderedDict()
@@ -238,6 +240,9 @@ class RemoteChanges:
             epoch, seq = head[0].decode(), int(head[1])
             if not watched.is_known:
                 watched.is_known, watched.epoch, watched.seq = True, epoch, seq
+                continue
+            if watched.epoch == epoch and seq < watched.seq and not watched.busy:
+                self._tell_lost(*group, epoch)
                 continue
             since = watched.seq if watched.epoch == epoch else seq - 1
             if since >= seq:
