@@ -372,13 +372,15 @@ async def _each(node: RedisClient, commands: Sequence[Command]) -> list[Reply]:
     return await node.each(commands)
 
 
+_KEY_AT = {"EVAL": 3, "EVALSHA": 3, "XGROUP": 2, "XINFO": 2, "OBJECT": 2}
+"""Where commands have their first key, if it does not come first."""
+
+
 def _slot(command: Command) -> int:
-    match command[0]:
-        case "EVALSHA":
-            key = command[3]
-        case "XREAD":
-            key = command[list(command).index("STREAMS") + 1]
-        case _:
-            key = command[1]
-    assert isinstance(key, str), "keys are texts here"
-    return slot_of(key)
+    name = str(command[0])
+    at = _KEY_AT.get(name, 1)
+    if name in ("XREAD", "XREADGROUP"):
+        at = list(command).index("STREAMS") + 1
+    key = command[at]
+    assert not isinstance(key, int), "a command without a key has no node"
+    return slot_of(key if isinstance(key, str) else key.decode())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from broker import locks, logs, service
 from broker.clock import wall_clock_ms
@@ -76,7 +77,11 @@ async def serve(process: Service) -> None:
     def foreign_received(message: Foreign) -> None:
         requests.foreign_received(message)
 
-    storage = _storage(settings, index, changed_elsewhere, storage_state, foreign_received)
+    def changes_lost(stream: str, group_id: str, epoch: str) -> None:
+        requests.changes_lost(stream, group_id, epoch)
+
+    told = Told(changed_elsewhere, storage_state, foreign_received, changes_lost)
+    storage = _storage(settings, index, told)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases, settings.limits.response_bytes_max)
     registry = _metrics(process, requests, storage)
@@ -122,13 +127,16 @@ async def serve(process: Service) -> None:
     _log.info("shard_stopped")
 
 
-def _storage(
-    settings: Config,
-    index: int,
-    remote_changes: RemoteChange,
-    told: Callable[[str | None], None],
-    foreign: Callable[[Foreign], None],
-) -> Storage:
+class Told(NamedTuple):
+    """What a storage that others use too says by itself: see `RedisStorage`."""
+
+    remote_changes: RemoteChange
+    told: Callable[[str | None], None]
+    foreign: Callable[[Foreign], None]
+    lost: Callable[[str, str, str], None]
+
+
+def _storage(settings: Config, index: int, told: Told) -> Storage:
     adapter = settings.adapter
     limits = settings.limits
     history = HistoryLimits(
@@ -145,9 +153,7 @@ def _storage(
             history,
             shard=index,
             shards=settings.shards,
-            remote_changes=remote_changes,
-            told=told,
-            foreign=foreign,
+            **told._asdict(),
         )
     if adapter.store_method == "in_memory":
         return MemoryStorage(wall_clock_ms, limits.response_bytes_max, history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol, assert_never, get_args
+from typing import NamedTuple, Protocol, assert_never, get_args
 
 import msgspec
 
@@ -64,6 +64,16 @@ _READS = (messages.Get, messages.List, messages.Join, messages.ReadHistory)
 GatewayLink = Link[ToShard]
 
 
+class Lost(NamedTuple):
+    """Asks for a look at a group: an epoch of which changes were told that may be lost."""
+
+    epoch: str
+
+
+_Asker = GatewayLink | Foreign | Lost
+"""What `Requests` asks an operation for."""
+
+
 class Reporter(Protocol):
     """What tells of the shard, and hears how gateways are."""
 
@@ -89,7 +99,7 @@ class Requests:
         self._shard = shard
         self._shards = shards
         self._storage = storage
-        self.committer = Committer[GatewayLink | Foreign](storage, self._settle)
+        self.committer = Committer[_Asker](storage, self._settle)
         self.triggers = Triggers[GatewayLink]()
         self.leases = leases
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
@@ -238,9 +248,11 @@ class Requests:
             case _:
                 assert_never(message)
 
-    def _settle(self, operation: Operation, asker: GatewayLink | Foreign, settled: Settled) -> None:
+    def _settle(self, operation: Operation, asker: _Asker, settled: Settled) -> None:
         if isinstance(asker, Foreign):
             self._tell_foreign(asker, settled)
+        elif isinstance(asker, Lost):
+            self._show_lost(operation, asker, settled)
         else:
             self._answer(operation, asker, settled)
 
@@ -325,6 +337,25 @@ class Requests:
         event = Event(stream, group_id, message.item_id, 0, payload, True, [], True)
         for link in self._interested.get((stream, group_id), ()):
             link.send(event)
+
+    def changes_lost(self, stream: str, group_id: str, epoch: str) -> None:
+        """Storage seems to have lost changes that were told: make sure, and show it to everybody.
+
+        Args:
+            epoch: of the numbering that they were in.
+        """
+        self.committer.add(messages.Join(0, stream, group_id, None, b"null"), Lost(epoch))
+        self.committer.start()
+
+    def _show_lost(self, join: Operation, lost: Lost, settled: Settled) -> None:
+        snapshot, _ = settled
+        if not isinstance(snapshot, Snapshot) or snapshot.epoch == lost.epoch:
+            return  # a false alarm; or nothing can be had now, and it is noticed again
+        # A number that can't be the next one: gateways ask for new syncs, and deliver nothing.
+        seq = snapshot.seq + 2
+        gap = Event(join.stream, join.group_id, None, seq, b"", True, [], True)
+        for link in self._interested.get((join.stream, join.group_id), ()):
+            link.send(gap)
 
     def _count_foreign(self, outcome: str) -> None:
         self.foreign_total[outcome] = self.foreign_total.get(outcome, 0) + 1

@@ -65,6 +65,9 @@ class RedisStorage:
             `interest`, in order of the group's numbers and in turn with what is settled here.
             Numbers that are left out could not be had any more.
         foreign: called with what other programs tell the subscribers of a group of `interest`.
+        lost: called with stream, group_id and epoch when Redis seems to have lost changes of a
+            group of `interest` that were told; the next operation on it makes sure, and begins
+            another epoch if so.
         told: called with what keeps Redis from being used, and None when it can be again.
 
     Raises:
@@ -83,6 +86,7 @@ class RedisStorage:
         remote_changes: RemoteChange | None = None,
         told: Callable[[str | None], None] | None = None,
         foreign: Callable[[Foreign], None] | None = None,
+        lost: Callable[[str, str, str], None] | None = None,
     ) -> None:
         prepare()
         self._clock = clock
@@ -95,10 +99,11 @@ class RedisStorage:
             self._settings = self._settings._replace(serves_others=False)
         self._changes = RemoteChanges(
             self._client,
-            remote_changes or _nobody,
-            foreign or _nobody_is_told,
-            clock,
-            lambda group: shard_of(group, shards) == shard,
+            tell=remote_changes or _nobody,
+            tell_foreign=foreign or _nobody_is_told,
+            tell_lost=lost or _nobody_cares,
+            clock=clock,
+            owns=lambda group: shard_of(group, shards) == shard,
         )
         self._indexed: OrderedDict[Group, None] = OrderedDict()
         self._scanning = asyncio.Lock()
@@ -373,3 +378,7 @@ def _nobody(stream: str, group_id: str, change: Change) -> None:
 
 def _nobody_is_told(message: Foreign) -> None:
     """Where nobody asks what other programs say."""
+
+
+def _nobody_cares(stream: str, group_id: str, epoch: str) -> None:
+    """Where nobody was told anything."""

@@ -107,14 +107,17 @@ class RemoteChanges:
     def __init__(
         self,
         client: RedisClient | RedisCluster,
+        *,
         tell: RemoteChange,
         tell_foreign: Callable[[Foreign], None],
+        tell_lost: Callable[[str, str, str], None],
         clock: Clock,
         owns: Callable[[Group], bool],
     ) -> None:
         self._client = client
         self._tell = tell
         self._tell_foreign = tell_foreign
+        self._tell_lost = tell_lost
         self._clock = clock
         self._owns = owns
         self._streams: dict[str, _Stream] = {}
@@ -367,6 +370,9 @@ class RemoteChanges:
                     continue
             elif not watched.is_known:
                 watched.is_known, watched.epoch, watched.seq = True, epoch, seq
+                continue
+            if watched.epoch == epoch and seq < watched.seq and not watched.busy:
+                self._tell_lost(*group, epoch)
                 continue
             since = watched.seq if watched.epoch == epoch else seq - 1
             if since >= seq:

@@ -22,6 +22,10 @@ CLI = os.environ.get("REDIS_CLI", "redis-cli")
 IS_INSTALLED = shutil.which(SERVER) is not None
 
 
+class ServerEnded(AssertionError):
+    """The server ended instead of answering."""
+
+
 class RedisServer:
     """Started at once, unless `started` is False. Use it as a context manager, or call `close`.
 
@@ -30,14 +34,29 @@ class RedisServer:
 
     def __init__(self, *options: str, started: bool = True, password: str | None = None) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
-        self.port = free_ports(1)[0]
         self.socket = self.directory / "socket"
-        self.url = f"redis://127.0.0.1:{self.port}"
         self.options = [*options, *(["--requirepass", password] if password else [])]
         self.process: subprocess.Popen[bytes] | None = None
-        self.client: Any = redis.Redis(port=self.port, password=password, decode_responses=True)
-        if started:
-            self.start()
+        self._password = password
+        self._take_port()
+        for attempt in range(5 if started else 0):
+            try:
+                self.start()
+            except (
+                ServerEnded
+            ):  # another one was faster on the port, or on that of the cluster's bus
+                if attempt == 4:
+                    raise
+                self._take_port()
+            else:
+                break
+
+    def _take_port(self) -> None:
+        self.port = free_ports(1)[0]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.client: Any = redis.Redis(
+            port=self.port, password=self._password, decode_responses=True
+        )
 
     def start(self, *options: str) -> None:
         """Start, and wait until it answers."""
@@ -58,6 +77,8 @@ class RedisServer:
             try:
                 self.client.ping()
             except redis.ConnectionError:
+                if self.process.poll() is not None:
+                    raise ServerEnded(f"{SERVER} ended on port {self.port}") from None
                 assert time.monotonic() < end, "redis-server does not answer"
                 time.sleep(0.02)
             else:
