@@ -52,7 +52,7 @@ def test_what_is_broken_is_found(
     pytest.fail(f"{PATIENCE} seeds did not find {faulty.__name__}: {faulty.__doc__}")
 
 
-@pytest.mark.parametrize("seed", [221])
+@pytest.mark.parametrize("seed", [39])
 def test_syncs_that_do_not_fit_together_come_one_after_the_other(seed: int) -> None:
     """They took one another's place for ever."""
     result = scenario.run(seed)
