@@ -20,7 +20,7 @@ WINDOW_S = 10.0
 
 EXACT = 100
 """Things of a second that are all looked at; of those that follow one in `EACH` is."""
-EACH = 16  # a power of two
+EACH = 16
 
 _count = itemgetter(1)
 
@@ -28,21 +28,32 @@ _count = itemgetter(1)
 class Budget:
     """Says which things are looked at, so that looking costs little however many there are."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_next", "_seen", "_state")
 
     def __init__(self) -> None:
         self._seen = 0
+        self._state = 1
+        self._next = self._after(EXACT)
 
     def weight(self) -> int:
         """How many things the one that comes now stands for; 0: it is passed over."""
         self._seen += 1
         if self._seen <= EXACT:
             return 1
-        return 0 if self._seen & (EACH - 1) else EACH
+        if self._seen < self._next:
+            return 0
+        self._next = self._after(self._seen)
+        return EACH
 
     def refill(self) -> None:
         """A second is over."""
         self._seen = 0
+        self._next = self._after(EXACT)
+
+    def _after(self, seen: int) -> int:
+        """The next one after `seen`, at steps that no regular order of things has."""
+        self._state = (self._state * 1103515245 + 12345) & 0x7FFFFFFF
+        return seen + 1 + (self._state >> 16) % (2 * EACH - 1)
 
 
 class Summary(Generic[K]):

@@ -148,11 +148,8 @@ class _Child:
 
     async def stop(self, timeout_s: float) -> None:
         """End the process, with force when it takes too long."""
-        self._watchdog.close()
         process = self.process
-        if process is None:
-            return
-        if process.returncode is None:
+        if process is not None and process.returncode is None:
             self.terminate()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -162,6 +159,7 @@ class _Child:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
+        self._watchdog.close()
 
 
 async def _hand_over(pipe: asyncio.StreamWriter, settings: Config) -> None:

@@ -84,19 +84,7 @@ async def serve(process: Service) -> None:
     storage = _storage(settings, index, told)
     leases = Leases[GatewayLink](settings.stream_access.leave_delay_s, settings.limits.leave_wait_s)
     requests = Requests(index, settings.shards, storage, leases, settings.limits.response_bytes_max)
-    registry = _metrics(process, requests, storage)
-    survey = Survey(storage.directory) if isinstance(storage, SqliteStorage) else None
-    known = storage if isinstance(storage, MemoryStorage) else None
-    report = partial(store_report, known, survey)
-    add_store(registry, report)
-    add_links(registry, requests)
-    add_top_streams(registry, requests, settings.metrics.top_streams, time.monotonic)
-    if isinstance(storage, SqliteStorage) and survey is not None:
-        add_files(registry, storage, survey)
-    rotate = requests.committer.rotate
-    vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
-    Introspection(index, requests, vitals, report)
-    requests.tracing = process.tracing
+    registry, survey = _introspected(process, requests, storage)
     await storage.open()
     listener = service.unix_socket(socket_path, "broker.run_dir")
     server = await asyncio.get_running_loop().create_unix_server(
@@ -118,13 +106,35 @@ async def serve(process: Service) -> None:
     await process.stopping.wait()
     server.close()
     metrics.close()
+    await _drain(requests, settings.limits.stop_timeout_s)
     if surveying is not None:
         surveying.cancel()
-    await _drain(requests, settings.limits.stop_timeout_s)
+        await asyncio.wait((surveying,))
     await storage.close()
     socket_path.unlink(missing_ok=True)
     os.close(lock)
     _log.info("shard_stopped")
+
+
+def _introspected(
+    process: Service, requests: Requests, storage: Storage
+) -> tuple[Metrics, Survey | None]:
+    """What tells how the shard is: its metrics, and who counts what its files hold."""
+    settings = process.config
+    registry = _metrics(process, requests, storage)
+    survey = Survey(storage.directory) if isinstance(storage, SqliteStorage) else None
+    known = storage if isinstance(storage, MemoryStorage) else None
+    report = partial(store_report, known, survey)
+    add_store(registry, report)
+    add_links(registry, requests)
+    add_top_streams(registry, requests, settings.metrics.top_streams, time.monotonic)
+    if isinstance(storage, SqliteStorage) and survey is not None:
+        add_files(registry, storage, survey)
+    rotate = requests.committer.rotate
+    vitals = Vitals(process.name, process.restarts, registry.lag, _totals(requests), rotate)
+    Introspection(process.index, requests, vitals, report)
+    requests.tracing = process.tracing
+    return registry, survey
 
 
 class Told(NamedTuple):

