@@ -18,7 +18,7 @@ KEPT = 500
 WINDOW_S = 10.0
 """What is told is of the last one to two of these."""
 
-EXACT = 100
+EXACT = 1000
 """Things of a second that are all looked at; of those that follow one in `EACH` is."""
 EACH = 16
 
