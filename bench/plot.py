@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from html import escape
 from typing import Any
+
+from deploy.grafana.svg import document, path, rect, text
 
 WIDTH, NAMES, BARS = 860, 220, 500
 ROW, BAR, GAP = 26, 9, 34
@@ -28,18 +29,11 @@ def svg(rows: dict[str, dict[str, Any]]) -> str:
     for title, members in panels.items():
         body += _panel(title, members, y)
         y += GAP + ROW * len(members) + 30
-    legend = "".join(
-        f'<rect x="{NAMES + 90 * k}" y="8" width="10" height="10" fill="{colour}"/>'
-        f'<text x="{NAMES + 90 * k + 14}" y="17">{side}</text>'
-        for k, (side, colour) in enumerate(COLOURS.items())
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}"'
-        ' font-family="sans-serif" font-size="11">\n'
-        f'<rect width="{WIDTH}" height="{y}" fill="white"/>\n{legend}\n'
-        + "\n".join(body)
-        + "\n</svg>\n"
-    )
+    legend: list[str] = []
+    for k, (side, colour) in enumerate(COLOURS.items()):
+        legend.append(rect(NAMES + 90 * k, 8, 10, 10, fill=colour))
+        legend.append(text(NAMES + 90 * k + 14, 17, side))
+    return document(WIDTH, y, legend + body)
 
 
 def _panel(title: str, members: list[tuple[str, dict[str, Any]]], y: int) -> Iterator[str]:
@@ -50,22 +44,20 @@ def _panel(title: str, members: list[tuple[str, dict[str, Any]]], y: int) -> Ite
     low = math.floor(math.log10(min(values)) - 0.1)
     high = max(math.ceil(math.log10(max(values))), low + 1)
     bottom = y + GAP + ROW * len(members)
-    yield f'<text x="{NAMES}" y="{y + 14}" font-weight="bold">{escape(title)}</text>'
+    yield text(NAMES, y + 14, title, font_weight="bold")
     for power in range(low, high + 1):
         x = NAMES + BARS * (power - low) / (high - low)
-        yield f'<path d="M{x:.1f} {y + GAP - 6}V{bottom}" stroke="#ddd"/>'
-        yield f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{10.0**power:,.10g}</text>'
+        yield path(f"M{x:.1f} {y + GAP - 6}V{bottom}", stroke="#ddd")
+        yield text(x, bottom + 13, f"{10.0**power:,.10g}", text_anchor="middle")
     for number, (name, row) in enumerate(members):
         top = y + GAP + ROW * number
-        yield f'<text x="{NAMES - 8}" y="{top + 13}" text-anchor="end">{escape(name)}</text>'
+        yield text(NAMES - 8, top + 13, name, text_anchor="end")
         for line, (side, colour) in enumerate(COLOURS.items()):
             value = row.get(side, {}).get(metric)
             if not value:
                 continue
             length = BARS * (math.log10(value) - low) / (high - low)
             at = top + line * (BAR + 1)
-            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-            yield (
-                f'<rect x="{NAMES}" y="{at}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>'
-                f'<text x="{NAMES + length + 4:.1f}" y="{at + BAR - 1}" font-size="9">{text}</text>'
-            )
+            figure = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            yield rect(NAMES, at, length, BAR, fill=colour)
+            yield text(NAMES + length + 4, at + BAR - 1, figure, font_size=9)

@@ -175,7 +175,7 @@ class Prometheus:
             target["targets"] = [f"127.0.0.1:{first + k}"]
         (directory / "prometheus.yml").write_text(yaml.safe_dump(shipped))
         port = free_ports(1)[0]
-        self._url = f"http://127.0.0.1:{port}/api/v1/"
+        self.url = f"http://127.0.0.1:{port}"
         self._output = directory / "output"
         command = [str(BINARY), f"--config.file={directory}/prometheus.yml", "--log.level=warn"]
         command += [
@@ -198,7 +198,8 @@ class Prometheus:
     def get(self, path: str) -> Any:
         """`data` of an answer that must be a success."""
         try:
-            with urllib.request.urlopen(self._url + path, timeout=PATIENCE_S) as response:
+            url = f"{self.url}/api/v1/{path}"
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -219,7 +220,7 @@ class Prometheus:
         raise AssertionError(f"not scraped\n{self._output.read_text()}")
 
     def _ready(self) -> bool:
-        url = self._url.replace("api/v1/", "-/ready")
+        url = f"{self.url}/-/ready"
         try:
             urllib.request.urlopen(url, timeout=PATIENCE_S).close()
         except urllib.error.HTTPError as error:  # 503: it reads what it has stored
