@@ -153,7 +153,10 @@ def main() -> None:
     for file in sorted(DASHBOARDS.glob("*.json")):
         rows = None if given.all else MAIN[file.stem]
         dashboard = json.loads(file.read_text())
-        drawn = picture(dashboard, rows, prometheus.ask, window, given.scrape_interval)
+        try:
+            drawn = picture(dashboard, rows, prometheus.ask, window, given.scrape_interval)
+        except OSError as error:
+            parser.exit(1, f"{given.prometheus}: {error}\n")
         (given.into / f"{file.stem}.svg").write_text(drawn)
 
 

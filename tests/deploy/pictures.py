@@ -29,8 +29,11 @@ GROUPS = 24
 CLIENTS_MAX = 30
 
 
-async def load(broker: Broker) -> None:
-    """Workers that set, update and read; subscribers that come and go; a trigger, and refusals."""
+async def load(broker: Broker) -> float:
+    """Workers that set, update and read; subscribers that come and go; a trigger, and refusals.
+
+    Returns when it ended, everybody still connected: seconds since 1970.
+    """
     chance = random.Random(7)
     workers = [await Worker.open(broker.worker_url) for _ in range(3)]
     server = workers[0]
@@ -57,8 +60,10 @@ async def load(broker: Broker) -> None:
             async with await RawHttp.request(broker.stream_url, unknown) as raw:
                 await raw.response()
         await asyncio.sleep(ROUND_S)
+    end = time.time()
     for connection in (*clients, *workers):
         await connection.close()
+    return end
 
 
 def arguments(name: str, room: str) -> dict[str, object]:
@@ -92,9 +97,10 @@ def main() -> None:
         prometheus = Prometheus(broker, Path(directory))
         try:
             prometheus.wait_for_scrapes()
-            asyncio.run(load(broker))
+            end = asyncio.run(load(broker))
             command = [sys.executable, "-m", "deploy.grafana.pictures", prometheus.url]
-            command += ["--into", str(into), "--range", str(SHOWN_S), "--scrape-interval", "1"]
+            command += ["--into", str(into), "--end", str(end), "--range", str(SHOWN_S)]
+            command += ["--scrape-interval", "1"]
             subprocess.run(command, check=True, cwd=REPOSITORY)
         finally:
             prometheus.close()
