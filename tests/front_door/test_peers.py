@@ -577,8 +577,9 @@ def test_a_killed_gateways_calls_go_to_a_worker_that_is_left(kind: type[Pair], r
         client = await pair.client(1)
         await client.send_join("guarded", "g")
         await dying[0].asked(1)
-        pair.kill(0)
         await here.register_function("may", lambda _: {"unauthorized": False})
+        await here.barrier()
+        pair.kill(0)
         assert (await client.next(patience_s=20))["event"]["type"] == "sync"
         assert len(await here.asked(1)) == 1
         for connection in (*dying, here, client):
