@@ -189,6 +189,7 @@ class SqliteStorage:
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
         self._in_use = asyncio.Semaphore(open_files_max)
+        self._closing = False
         self._reserved = 0  # places of files that are being opened, or closed for others
         self._wanting_place: deque[asyncio.Future[None]] = deque()
         self._threads = Threads(THREADS, "storage")
@@ -205,12 +206,15 @@ class SqliteStorage:
         self._forgotten_timestamp_ms = await self._in_thread(self._clock_file.read)
 
     async def close(self) -> None:
+        self._closing = True  # nobody else may flush a file from now on
+        for stream in self._streams.values():
+            if stream.flush_timer is not None:
+                stream.flush_timer.cancel()
         await self._tasks.wait()
         with suppress(StorageError):  # then the next life begins a little later than it had to
             await self._in_thread(self._clock_file.close)
         for stream in list(self._streams.values()):
-            if stream.flush_timer is not None:
-                stream.flush_timer.cancel()
+            await stream.use()
             await self._flush(stream)
             if stream.file is not None:
                 await self._in_thread(stream.file.close)
@@ -564,7 +568,9 @@ class SqliteStorage:
 
     def _flush_later(self, state: _Stream) -> None:
         """Have what is in the journal written to the tables before long."""
-        if state.flush_timer is None and state.file is not None and state.file.pending:
+        if self._closing or state.flush_timer is not None:
+            return
+        if state.file is not None and state.file.pending:
             loop = asyncio.get_running_loop()
             state.flush_timer = loop.call_later(FLUSH_AFTER_S, self._flush_soon, state)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from broker import messages
 from shards.storage import pending, sqlite
 from shards.storage.sqlite import SqliteStorage
 from tests.storage.test_history import epoch_of, missed
@@ -120,6 +121,25 @@ async def test_writes_and_flushes_take_turns(
         left = crashed(files)
     async with left.opened() as storage:
         assert await perform(storage, listing()) == [expected]
+
+
+@asynchronous
+async def test_the_end_and_a_flush_do_not_meet(
+    files: Storages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written twice, the history would have each change twice, and be of no use."""
+    monkeypatch.setattr(sqlite, "FLUSH_AFTER_S", 0.001)
+    for number in range(1, 30):
+        async with files.opened() as storage:
+            await asyncio.gather(
+                *(settle(storage, stream, put("i", number)) for stream in ("s", "t", "u"))
+            )
+            await asyncio.sleep(0.0005)
+    async with files.opened() as storage:
+        past = messages.ReadHistory(0, "", "g", None, 100)
+        for stream in ("s", "t", "u"):
+            ((found, _),) = await settle(storage, stream, past)
+            assert [change.seq for change in found.changes] == list(range(20, 30))
 
 
 @asynchronous
