@@ -25,6 +25,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -244,7 +245,7 @@ async def compare(one: Running, other: Running, options: argparse.Namespace) -> 
     callers: dict[Running, list[Caller]] = {}
     for broker in (one, other):
         for k in range(GROUPS * options.subscribers):
-            make = lambda k=k: Subscriber(k % GROUPS)  # noqa: E731
+            make = partial(Subscriber, k % GROUPS)
             await loop.create_connection(make, "127.0.0.1", broker.stream_port)
         made = [
             await loop.create_connection(

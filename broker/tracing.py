@@ -8,6 +8,7 @@ from a queue that is bounded and drops.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Mapping
 from enum import Enum
@@ -77,6 +78,10 @@ def start(is_on: bool, process: str, environ: Mapping[str, str]) -> Tracing | No
         raise ConfigError(KEY, reason) from None
 
 
+# What OpenTelemetry has is imported where it is used: it is an extra, and who makes no spans does
+# without it and the memory that it takes.
+
+
 def _open_telemetry(process: str, environ: Mapping[str, str]) -> Tracing:
     from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -100,8 +105,6 @@ def _exporter(environ: Mapping[str, str]) -> SpanExporter | None:
         case "none":
             return None
         case "console":
-            import sys  # noqa: PLC0415
-
             from opentelemetry.sdk.trace.export import ConsoleSpanExporter  # noqa: PLC0415
 
             # Standard output is the supervisor's.

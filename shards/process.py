@@ -222,8 +222,9 @@ def _totals(requests: Requests) -> dict[str, Callable[[], float]]:
 
 
 def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
-    limits = lambda: process.config.limits  # noqa: E731
-    metrics = Metrics({"shard": str(process.index)}, process.restarts, limits)
+    metrics = Metrics(
+        {"shard": str(process.index)}, process.restarts, lambda: process.config.limits
+    )
     committer = requests.committer
     metrics.counters(
         "calls",

@@ -11,7 +11,7 @@ from shards.history import HistoryLimits
 
 CHANGES_MAX = 4096
 BYTES_MAX = 2**20
-"""With as many changes, or bytes, in the journal, the next commit writes the tables instead."""
+"""With as many changes, or bytes, in the journal, it goes to the tables before the next batch."""
 ROWS_PER_HISTORY = 4
 """A row of the history holds at most its limits divided by this."""
 

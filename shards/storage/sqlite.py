@@ -281,7 +281,7 @@ class SqliteStorage:
         def done(_: None, error: Exception | None) -> None:
             if error is None:
                 outcome = settled
-                self._account(state, {operation.group_id for operation in operations})
+                self._account(state, dict.fromkeys(o.group_id for o in operations))
             elif isinstance(error, StorageError):
                 outcome = [(error, None)] * len(operations)
                 self._forget(state)
