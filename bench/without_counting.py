@@ -21,7 +21,6 @@ METHODS = {"observe", "count_refused", "count_failure"}
 ADDED_TO = {"hot", "closed_total", "failures_total"}
 BODIES = {
     ("FanOut", "flush"): "if self._hub.has_events: self._hub.flush()",
-    ("Budget", "weight"): "return 0",
     ("Vitals", "_sample"): "self._samples.append((time.monotonic(), self._read()))",
 }
 
@@ -58,8 +57,8 @@ class _Strip(ast.NodeTransformer):
         return node
 
     def visit_If(self, node: ast.If) -> ast.AST:
-        names = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
-        return self._gone(node) if "MEASURED_EACH" in names else self.generic_visit(node)
+        samples = any(isinstance(n, ast.Attribute) and n.attr == "due" for n in ast.walk(node.test))
+        return self._gone(node) if samples else self.generic_visit(node)
 
     def _gone(self, node: ast.stmt) -> ast.AST:
         self.removed += 1

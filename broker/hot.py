@@ -18,42 +18,44 @@ KEPT = 500
 WINDOW_S = 10.0
 """What is told is of the last one to two of these."""
 
-EXACT = 1000
+EXACT = 200
 """Things of a second that are all looked at; of those that follow one in `EACH` is."""
-EACH = 16
-
-_count = itemgetter(1)
+EACH = 64
 
 
-class Budget:
-    """Says which things are looked at, so that looking costs little however many there are."""
+class Sampler:
+    """Counts things and says which of them are looked at, so that looking costs little however
+    many there are.
 
-    __slots__ = ("_next", "_seen", "_state")
+    Who counts one adds it to `total`. When that reaches `due`, it is to be looked at, and `take`
+    says how many it stands for: what most things cost is an addition and a comparison.
+    """
+
+    __slots__ = ("_exact_until", "_state", "due", "total")
 
     def __init__(self) -> None:
-        self._seen = 0
+        self.total = 0
+        self.due = 1
         self._state = 1
-        self._next = self._after(EXACT)
+        self._exact_until = EXACT
 
-    def weight(self) -> int:
-        """How many things the one that comes now stands for; 0: it is passed over."""
-        self._seen += 1
-        if self._seen <= EXACT:
+    def take(self) -> int:
+        """The thing that was counted last is looked at. Returns for how many it stands."""
+        if self.total < self._exact_until:
+            self.due = self.total + 1
             return 1
-        if self._seen < self._next:
-            return 0
-        self._next = self._after(self._seen)
-        return EACH
+        exact = self.total == self._exact_until
+        # At steps that no regular order of things has.
+        self._state = (self._state * 1103515245 + 12345) & 0x7FFFFFFF
+        self.due = self.total + 1 + (self._state >> 16) % (2 * EACH - 1)
+        return 1 if exact else EACH
 
     def refill(self) -> None:
         """A second is over."""
-        self._seen = 0
-        self._next = self._after(EXACT)
+        self.due, self._exact_until = self.total + 1, self.total + EXACT
 
-    def _after(self, seen: int) -> int:
-        """The next one after `seen`, at steps that no regular order of things has."""
-        self._state = (self._state * 1103515245 + 12345) & 0x7FFFFFFF
-        return seen + 1 + (self._state >> 16) % (2 * EACH - 1)
+
+_count = itemgetter(1)
 
 
 class Summary(Generic[K]):

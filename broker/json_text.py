@@ -14,7 +14,10 @@ _ALIKE = bytes.maketrans(b"{}", b"[]")
 
 def is_deeper_than(text: bytes, depth_max: int = DEPTH_MAX) -> bool:
     """Whether the JSON text `text`, already known to be well formed, nests deeper than allowed."""
-    if len(text) <= 2 * depth_max or text.count(b"[") + text.count(b"{") <= depth_max:
+    # A level takes two bytes as an array, and five as an object: most texts are too short.
+    if len(text) <= (2 if b"[" in text else 5) * depth_max:
+        return False
+    if text.count(b"[") + text.count(b"{") <= depth_max:
         return False
     return _folds(text, depth_max) is None
 

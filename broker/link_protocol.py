@@ -41,22 +41,28 @@ class FrameReader(Generic[M]):
             ProtocolError: the peer does not speak this protocol; the link is of no more use.
         """
         buffer = self._buffer
-        buffer += data
+        source: bytes | bytearray = data  # most frames come whole: nothing is copied together
+        if buffer:
+            buffer += data
+            source = buffer
         messages: list[M] = []
         start = 0
-        while len(buffer) - start >= _LENGTH_BYTES:
+        while len(source) - start >= _LENGTH_BYTES:
             body = start + _LENGTH_BYTES
-            size = int.from_bytes(buffer[start:body], "big")
+            size = int.from_bytes(source[start:body], "big")
             if size > FRAME_BYTES_MAX:
                 raise ProtocolError("link_protocol", f"a link frame of {size} bytes")
-            if len(buffer) - body < size:
+            if len(source) - body < size:
                 break
             try:
-                messages += self._decoder.decode(memoryview(buffer)[body : body + size])
+                messages += self._decoder.decode(memoryview(source)[body : body + size])
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ProtocolError("link_protocol", f"a bad link frame: {error}") from None
             start = body + size
-        del buffer[:start]
+        if source is buffer:
+            del buffer[:start]
+        else:
+            buffer += data[start:]
         return messages
 
 

@@ -56,6 +56,7 @@ class Port(Protocol):
     """What accepts connections."""
 
     message_bytes_max: int
+    messages_total: int
     send_queue_bytes_max: int
     received_bytes: int
     sent_bytes: int
@@ -313,7 +314,8 @@ class Connection(asyncio.Protocol):
         self.received_at = self._now()
         self._port.received_bytes += len(data)
         if self._splitter is not None:
-            self._splitter.receive_data(data)
+            messages = self._splitter.receive_data(data)
+            self._port.messages_total += messages
             return
         if self.requested:  # not answered yet
             self._early += data
@@ -388,6 +390,7 @@ class Connection(asyncio.Protocol):
     def _take_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.TEXT or frame.opcode is Opcode.BINARY:
             if frame.fin:
+                self._port.messages_total += 1
                 self._take_message(bytes(frame.data))
             else:
                 self._fragments = bytearray(frame.data)
@@ -395,6 +398,7 @@ class Connection(asyncio.Protocol):
             self._fragments += frame.data
             if frame.fin:
                 message, self._fragments = bytes(self._fragments), bytearray()
+                self._port.messages_total += 1
                 self._take_message(message)
 
     def _take_message(self, text: bytes) -> None:
@@ -406,7 +410,8 @@ class Connection(asyncio.Protocol):
         self._port.sent_bytes += self.flush()  # a greeting comes before the answer to anything
         self.resume_reading(PAUSED_BY_REQUEST)
         if self._splitter is not None:
-            self._splitter.receive_data(early)
+            messages = self._splitter.receive_data(early)
+            self._port.messages_total += messages
 
     def _write_protocol_data(self) -> None:
         """Write what the library wants sent: handshake, pongs, close frames, the end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from broker.hot import Budget
+from broker.hot import Sampler
 from broker.messages import Event
 from broker.metrics import SECONDS, SIZES, Histogram
 from gateway.hub import Hub
@@ -26,7 +26,7 @@ class FanOut:
         self._hub = hub
         self.last: Event | None = None
         """Of the events of the piece that is being taken; it is looked at."""
-        self._budget = Budget()
+        self._sampler = Sampler()
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.delays = Histogram(SECONDS)
@@ -37,11 +37,13 @@ class FanOut:
         event, self.last = self.last, None
         if not hub.has_events:
             return
-        if not self._budget.weight():
+        sampler = self._sampler
+        sampler.total += 1
+        if sampler.total < sampler.due:
             hub.flush()
             return
         began_at, before = time.perf_counter(), hub.deliveries_total
-        hub.flush()
+        hub.flush(sampler.take())
         self.durations.observe(time.perf_counter() - began_at)
         self.sizes.observe(hub.deliveries_total - before)
         if event is not None and event.subscribed:
@@ -52,7 +54,7 @@ class FanOut:
 
     def refill(self) -> None:
         """A second is over."""
-        self._budget.refill()
+        self._sampler.refill()
 
 
 def timestamp_of(payload: bytes) -> int | None:

@@ -41,8 +41,9 @@ class FrameSplitter:
         self.closed = False
         """Set when nothing more is to be taken."""
 
-    def receive_data(self, data: bytes) -> None:
-        """Take the next bytes."""
+    def receive_data(self, data: bytes) -> int:
+        """Take the next bytes. Returns how many plain messages were in them."""
+        messages = 0
         if self._header:
             data = self._header + data
             self._header = b""
@@ -50,7 +51,7 @@ class FrameSplitter:
         while position < size and not self.closed:
             if self._broken:
                 self._other(data[position:])
-                return
+                return messages
             if self._owed:
                 some = min(self._owed, size - position)
                 self._owed -= some
@@ -80,9 +81,11 @@ class FrameSplitter:
                 and self._plain_allowed
                 and length <= self._message_bytes_max
             ):
+                messages += 1
                 self._message(apply_mask(data[start:end], data[start - 4 : start]))
                 position = end
             else:
                 self._owed = end - position
         if position < size and not self.closed:
             self._header = data[position:]
+        return messages

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from broker.hot import Budget, Hot
+from broker.hot import Hot
 from broker.messages import Event
 from broker.names import Group
 from gateway.websocket import text_frame
@@ -118,12 +118,10 @@ class Hub:
         self._turn: dict[tuple[str, str], _HubGroup] = {}
         self.subscriptions = 0
         self.subscriptions_total = 0
-        self.events_total = 0
         self.deliveries_total = 0
         self.gaps_total = 0
         self.hot = Hot[tuple[str, str]]()
         """Deliveries by group."""
-        self._budget = Budget()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -164,7 +162,6 @@ class Hub:
 
     def rotate(self, now: float) -> None:
         """A second is over; `now` of `time.monotonic`."""
-        self._budget.refill()
         self.hot.rotate(now)
 
     def position(self, group: tuple[str, str]) -> tuple[int, str] | None:
@@ -211,7 +208,6 @@ class Hub:
             if group.seq is not None and event.seq != group.seq + 1:
                 behind = self._gap(group)
             group.seq = event.seq
-        self.events_total += 1
         if group.live:
             frame = text_frame(event.payload)
             group.events.append(HubEvent(event.item_id, frame, event.custom))
@@ -223,12 +219,15 @@ class Hub:
         """Whether `flush` has anything to deliver."""
         return bool(self._turn)
 
-    def flush(self) -> None:
-        """Deliver what was published since the last time."""
+    def flush(self, weight: int = 0) -> None:
+        """Deliver what was published since the last time.
+
+        Args:
+            weight: for how many times it stands in `hot`; 0: it is passed over there.
+        """
         if not self._turn:
             return
         turn, self._turn = self._turn, {}
-        weight = self._budget.weight()
         for key, group in turn.items():
             before = self.deliveries_total
             self._flush(group)

@@ -61,6 +61,7 @@ class Listener(ABC):
         self.stopping = False
         self.connections_total = 0
         self.refused_total = dict.fromkeys(REFUSALS, 0)
+        self.messages_total = 0
         self.received_bytes = 0
         self.sent_bytes = 0
         self.paused_total = 0

@@ -84,6 +84,11 @@ class ShardLinks:
         return shard_of(Group(*group), len(self.links))
 
     @property
+    def events_total(self) -> int:
+        """Events that came from all shards."""
+        return sum(link.events_total for link in self.links)
+
+    @property
     def ready(self) -> bool:
         """Whether every shard is linked."""
         return all(link.ready for link in self.links)
@@ -128,6 +133,7 @@ class ShardLink:
         self.trouble: str | None = None
         """What the shard says of its storage, if it does not work."""
         self.links_total = 0
+        self.events_total = 0
         self.refused_total = 0
         self.overflows_total = 0
         self._before = (0, 0)  # bytes of links that are over
@@ -233,12 +239,16 @@ class ShardLink:
     def messages_received(self, link: Link[ToGateway], received: list[ToGateway]) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         answers = self._answers
+        events = 0
         for message in received:
             match message:
-                case Reply() | Synced():
+                case Reply():
                     answers.pop(message.call_id)(message)
                 case Event():
+                    events += 1
                     self._user.event_received(self.shard, message)
+                case Synced():
+                    answers.pop(message.call_id)(message)
                 case Failure():
                     answers.pop(message.call_id)(
                         BrokerError(message.code, message.message, message.field, message.retryable)
@@ -253,6 +263,7 @@ class ShardLink:
                     self._welcomed(link, message)
                 case _:
                     assert_never(message)
+        self.events_total += events
         self._user.batch_received()
 
     def link_lost(self, link: Link[ToGateway], reason: str) -> None:

@@ -15,6 +15,7 @@ from msgspec import Meta, Raw, Struct
 
 from broker import messages
 from broker.errors import BrokerError, InvalidRequest
+from broker.hot import Sampler
 from broker.label_counts import OTHER, LabelCounts
 from broker.messages import Reply, Trace
 from broker.metrics import SECONDS, Histogram
@@ -24,7 +25,6 @@ from gateway.custom_streams import CustomStreams, StreamCall
 from gateway.decoding import located
 from gateway.shard_links import Answer, Answered, ShardLinks
 
-MEASURED_EACH = 8  # a power of two
 FAILURES = ("deserialization_error", "overloaded", "shard_unavailable", OTHER)
 """Codes that are exposed from the start, of every function."""
 HISTORY_LIMIT_MAX = 1000
@@ -70,13 +70,14 @@ class _Nothing(Struct, gc=False):
 _Input = TypeVar("_Input")
 
 
-class _Calls:
+class _Calls(Sampler):
     """Of one function: how many, and how long some took."""
 
-    __slots__ = ("durations", "total")
+    __slots__ = ("durations", "function")
 
-    def __init__(self) -> None:
-        self.total = 0
+    def __init__(self, function: Callable[[bytes, Answered], None]) -> None:
+        super().__init__()
+        self.function = function
         self.durations = Histogram(SECONDS)
 
 
@@ -87,7 +88,7 @@ class StreamCalls:
         self._links = links
         self._custom = custom
         self._name_bytes_max = name_bytes_max
-        self._functions: dict[str, Callable[[bytes, Answered], None]] = {
+        functions: dict[str, Callable[[bytes, Answered], None]] = {
             "stream::set": self._set,
             "stream::get": self._get,
             "stream::delete": self._delete,
@@ -99,9 +100,9 @@ class StreamCalls:
             "stream::history": self._history,
             "broker::items": self._items,
         }
-        self._calls = {function: _Calls() for function in self._functions}
+        self._calls = {name: _Calls(function) for name, function in functions.items()}
         self.failures_total = LabelCounts(
-            ["function", "code"], [(f, c) for f in self._functions for c in FAILURES]
+            ["function", "code"], [(f, c) for f in self._calls for c in FAILURES]
         )
         self.tracing: Tracing | None = None
         self._trace: Trace | None = None  # of the call that is being made
@@ -114,26 +115,26 @@ class StreamCalls:
         Calls on one group take effect in the order in which they were made here. What they cause
         gets `trace`.
         """
-        function = self._functions.get(function_id)
-        if function is None:
+        calls = self._calls.get(function_id)
+        if calls is None:
             return False
-        calls = self._calls[function_id]
         calls.total += 1
-        if calls.total & (MEASURED_EACH - 1) == 0:
+        if calls.total >= calls.due:
+            calls.take()
             answered = partial(_measured, calls.durations, time.perf_counter(), answered)
         if self.tracing is not None:
             span = self.tracing.start(function_id, Kind.SERVER, trace)
             trace, answered = span.trace, partial(_traced, span, answered)
         self._trace = trace
         try:
-            function(b"{}" if data == b"null" else data, answered)
+            calls.function(b"{}" if data == b"null" else data, answered)
         except InvalidRequest as refusal:
             answered(refusal)
         return True
 
     def count_failure(self, function_id: str, code: str) -> None:
         """A call was answered with an error; nothing if the function is not one of these."""
-        if function_id in self._functions:
+        if function_id in self._calls:
             self.failures_total.add(function_id, code)
 
     @property
@@ -143,8 +144,13 @@ class StreamCalls:
 
     @property
     def durations(self) -> dict[str, Histogram]:
-        """By function, of one call in `MEASURED_EACH`."""
+        """By function, of the calls that were looked at."""
         return {function: calls.durations for function, calls in self._calls.items()}
+
+    def refill(self) -> None:
+        """A second is over."""
+        for calls in self._calls.values():
+            calls.refill()
 
     def _set(self, data: bytes, answered: Answered) -> None:
         i = _decode(_set_decoder, "set", data)

@@ -97,7 +97,6 @@ class StreamPort(Listener):
         """By number, in the order in which they came."""
         self.clients_total = 0
         self.joins_total = {"accepted": 0, "unauthorized": 0, "refused": 0}
-        self.messages_total = 0
         self.resyncs_total = 0
         self.bad_messages_total = 0
         self.behind_total = 0
@@ -352,7 +351,6 @@ class Client:
                 self.sync(subscription)
 
     def message_received(self, text: bytes) -> None:
-        self._port.messages_total += 1
         self._inbox.append(text)
         if not self._handling:
             self._handle_inbox()

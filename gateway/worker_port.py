@@ -84,7 +84,6 @@ class WorkerPort(Listener):
         self.engine = EngineFunctions(functions, invocations, triggers, self.infos)
         self.availability = Availability(triggers, self.engine.all_functions)
         self.undecodable_total = 0
-        self.messages_total = 0
 
     def reattach(self, worker_id: str, token: str) -> None:
         """Part with a worker's old connection, if the token is its."""
@@ -189,7 +188,6 @@ class Worker:
     def message_received(self, text: bytes) -> None:
         if self._gone or text.startswith(_TELEMETRY):
             return
-        self._port.messages_total += 1
         if self._throttle is not None:
             self._port.throttled_total += self._throttle.count()
         try:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from broker.errors import StorageError
-from broker.hot import Budget
+from broker.hot import Sampler
 from broker.metrics import SECONDS, SIZES, Histogram
 from broker.tasks import Tasks
 from shards.group import Operation
@@ -60,12 +60,16 @@ class Committer(Generic[T]):
         self._ready: list[_Lane[T]] = []
         self._tasks = Tasks()
         self.waiting = 0
-        self.batches_total = 0
         self.operations_total = 0
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.hot = HotGroups()
-        self._budget = Budget()
+        self._batches = Sampler()
+
+    @property
+    def batches_total(self) -> int:
+        """Batches handed to the storage."""
+        return self._batches.total
 
     def add(self, operation: Operation, asker: T) -> None:
         """Queue `operation`; it starts with the next `start`."""
@@ -91,7 +95,7 @@ class Committer(Generic[T]):
 
     def rotate(self, now: float) -> None:
         """A second is over; `now` of `time.monotonic`."""
-        self._budget.refill()
+        self._batches.refill()
         self.hot.rotate(now)
 
     async def drain(self) -> None:
@@ -114,15 +118,16 @@ class Committer(Generic[T]):
                 self._tasks.start(self._answer_groups(lane, entry))
                 return
             batch = lane.take()
-            self.batches_total += 1
+            batches = self._batches
+            batches.total += 1
             self.operations_total += len(batch)
             lane.executing, lane.settled_at_once = True, False
             operations = [operation for operation, _ in batch]
             began_at = 0.0
-            if weight := self._budget.weight():
+            if batches.total >= batches.due:
                 began_at = time.perf_counter()
                 self.sizes.observe(len(batch))
-                self.hot.add(lane.stream, operations, weight)
+                self.hot.add(lane.stream, operations, batches.take())
             settle = partial(self._settled, lane, batch, began_at)
             self._storage.execute(lane.stream, operations, settle)
             lane.executing = False

@@ -44,7 +44,7 @@ class History:
         self.bytes += len(change.data) + CHANGE_OVERHEAD_BYTES
         limits = self._limits
         while len(self.changes) > limits.events_max or self.bytes > limits.group_bytes_max:
-            self.drop_oldest()
+            self.bytes -= len(self.changes.popleft().data) + CHANGE_OVERHEAD_BYTES
 
     def drop_oldest(self) -> None:
         """Forget the oldest change."""

@@ -249,7 +249,7 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
     )
     metrics.histogram(
         "commit_batch_operations",
-        "Operations of a batch; of the first thousand batches of a second, then of one in 16.",
+        "Operations of a batch; of the first 200 batches of a second, then of one in 64.",
         committer.sizes,
     )
     metrics.gauge("operations_waiting", "Operations not yet settled.", lambda: committer.waiting)

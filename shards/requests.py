@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from typing import NamedTuple, Protocol, assert_never, get_args
 
 import msgspec
@@ -22,6 +23,7 @@ from shards.committer import Committer
 from shards.events import event_payload, foreign_payload, past_payload, resume_payload, sync_payload
 from shards.group import (
     Change,
+    Done,
     GroupState,
     Head,
     Kind,
@@ -249,36 +251,42 @@ class Requests:
                 assert_never(message)
 
     def _settle(self, operation: Operation, asker: _Asker, settled: Settled) -> None:
-        if isinstance(asker, Foreign):
-            self._tell_foreign(asker, settled)
-        elif isinstance(asker, Lost):
-            self._show_lost(operation, asker, settled)
-        else:
+        if isinstance(asker, Link):
             self._answer(operation, asker, settled)
+        elif isinstance(asker, Foreign):
+            self._tell_foreign(asker, settled)
+        else:
+            self._show_lost(operation, asker, settled)
 
     def _answer(self, operation: Operation, link: GatewayLink, settled: Settled) -> None:
         outcome, group = settled
         if self._spans:
             self._end_span(operation, outcome)
-        if isinstance(outcome, BrokerError):
-            if isinstance(outcome, StorageError):
-                outcome = _storage_failure(operation, outcome.message, outcome.retryable)
+        if group is None:
+            assert isinstance(outcome, StorageError), "a group comes with every other outcome"
+            outcome = _storage_failure(operation, outcome.message, outcome.retryable)
             self._fail(link, operation, outcome)
             return
-        assert group is not None, "a group comes with every outcome but a StorageError"
-        if isinstance(outcome, Snapshot | Resumed):
-            assert isinstance(operation, messages.Join)
-            self._joined(link, operation, group, outcome)
-            return
-        if isinstance(outcome, Past):
-            link.send(Reply(operation.call_id, past_payload(group, outcome)))
-            return
-        if outcome.failure is None:
-            link.send(Reply(operation.call_id, outcome.result))
-        else:
-            self._fail(link, operation, _storage_failure(operation, outcome.failure))
-        if outcome.change is not None:
-            self._publish(operation.stream, group, outcome.change, operation.trace)
+        match outcome:
+            case Done():
+                if outcome.failure is None:
+                    link.send(Reply(operation.call_id, outcome.result))
+                else:
+                    self._fail(link, operation, _storage_failure(operation, outcome.failure))
+                if outcome.change is not None:
+                    self._publish(operation.stream, group, outcome.change, operation.trace)
+            case Snapshot() | Resumed():
+                assert isinstance(operation, messages.Join)
+                self._joined(link, operation, group, outcome)
+            case Past():
+                link.send(Reply(operation.call_id, past_payload(group, outcome)))
+            case StorageError():
+                outcome = _storage_failure(operation, outcome.message, outcome.retryable)
+                self._fail(link, operation, outcome)
+            case BrokerError():
+                self._fail(link, operation, outcome)
+            case _:
+                assert_never(outcome)
 
     def _joined(
         self,
@@ -369,25 +377,27 @@ class Requests:
         fired = self.triggers.matching(stream, group_id, change.item_id)
         if not interested and not fired:
             return
-        payload = event_payload(group, change)
-        for link in {**dict.fromkeys(interested), **dict.fromkeys(fired)}:
-            triggers = fired.get(link, [])
+        event = Event(
+            stream,
+            group_id,
+            change.item_id,
+            change.seq,
+            event_payload(group, change),
+            True,
+            [],
+            change.kind is Kind.EVENT,
+            trace=trace,
+        )
+        for link in interested:
+            if link not in fired:
+                self.events_total += 1
+                link.send(event)
+        for link, triggers in fired.items():
             self.events_total += 1
-            if triggers:
-                self.triggers_fired_total += len(triggers)
-            link.send(
-                Event(
-                    stream,
-                    group_id,
-                    change.item_id,
-                    change.seq,
-                    payload,
-                    link in interested,
-                    triggers,
-                    change.kind is Kind.EVENT,
-                    trace=trace,
-                )
-            )
+            self.triggers_fired_total += len(triggers)
+            told = copy(event)
+            told.subscribed, told.triggers = link in interested, triggers
+            link.send(told)
 
     def _not_interested(self, link: GatewayLink, group: tuple[str, str]) -> None:
         links = self._interested[group]

@@ -147,7 +147,7 @@ OVERVIEW = Dashboard(
         "Latency": [
             Panel(
                 "Calls",
-                "From a call's arrival at the gateway to its answer, of one call in eight.",
+                "From a call's arrival at the gateway to its answer, of a sample of the calls.",
                 "s",
                 percentiles("broker_stream_call_seconds"),
             ),

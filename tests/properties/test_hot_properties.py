@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import messages
-from broker.hot import EACH, EXACT, WINDOW_S, Budget, Hot, Summary
+from broker.hot import EACH, EXACT, WINDOW_S, Hot, Sampler, Summary
 from shards.hot_groups import HotGroups
 
 counted = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=300)
@@ -57,11 +57,17 @@ def test_batches_are_counted(sizes: list[int]) -> None:
     assert abs(sum(counts.values()) - sum(sizes)) <= sum(size // 2 for size in sizes)
 
 
-def test_a_budget_lets_few_pass_and_a_share_of_many() -> None:
-    budget = Budget()
-    assert [budget.weight() for _ in range(EXACT)] == [1] * EXACT
-    weights = [budget.weight() for _ in range(100 * EACH)]
+def test_a_sampler_takes_all_of_few_and_a_share_of_many() -> None:
+    sampler = Sampler()
+
+    def weight() -> int:
+        sampler.total += 1
+        return sampler.take() if sampler.total >= sampler.due else 0
+
+    assert [weight() for _ in range(EXACT)] == [1] * EXACT
+    weights = [weight() for _ in range(100 * EACH)]
     assert set(weights) == {0, EACH}
     assert 80 * EACH <= sum(weights) <= 120 * EACH
-    budget.refill()
-    assert budget.weight() == 1
+    sampler.refill()
+    assert [weight() for _ in range(EXACT)] == [1] * EXACT
+    assert sampler.total == 2 * EXACT + 100 * EACH
