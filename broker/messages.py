@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 3
+VERSION = 4
 """Of the messages below; both ends refuse a peer that speaks another one."""
 
 
@@ -254,15 +254,20 @@ class Failure(Message, tag=22):
 class Synced(Message, tag=23):
     """Answer to `Join`: all events up to `seq` came before it on this link, later ones follow.
 
-    `payload` is the JSON text of the `sync` envelope (protocol section 5.4), or of the one that
-    says that the join resumes; then `missed` has those of the events up to `seq`, else it is None.
+    `head`, `body` and `}}` are the JSON text of the `sync` envelope (protocol section 5.4), or of
+    the one that says that the join resumes; then `missed` has those of the events up to `seq`, else
+    it is None. `body` None: it is the one that came under `body_id`. 0: it is not kept. `forgotten`
+    are ids that will not be used again. See `broker.sync_bodies`.
     """
 
     call_id: int
     seq: int
     epoch: str
-    payload: bytes
+    head: bytes
+    body: bytes | None = b""
     missed: list[bytes] | None = None
+    body_id: int = 0
+    forgotten: list[int] = []
 
     @property
     def resumed(self) -> bool:

@@ -26,6 +26,7 @@ from broker.messages import (
 )
 from broker.names import Group
 from broker.routing import shard_of
+from broker.sync_bodies import ReceivedBodies
 
 HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_MAX_S = 10.0
@@ -127,6 +128,7 @@ class ShardLink:
         self._link: Link[ToGateway] | None = None
         self._lost = asyncio.Event()
         self._answers: dict[int, Answered] = {}
+        self._bodies = ReceivedBodies()
         self._call_id = 0
         self._heard_at = 0.0
         self.ready = False
@@ -233,6 +235,7 @@ class ShardLink:
 
     def link_made(self, link: Link[ToGateway]) -> None:
         self._link = link
+        self._bodies = ReceivedBodies()
         self._heard_at = asyncio.get_running_loop().time()
         link.send(Hello(messages.VERSION, self._gateway_id))
 
@@ -248,6 +251,7 @@ class ShardLink:
                     events += 1
                     self._user.event_received(self.shard, message)
                 case Synced():
+                    self._bodies.complete(message)
                     answers.pop(message.call_id)(message)
                 case Failure():
                     answers.pop(message.call_id)(

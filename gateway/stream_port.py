@@ -32,7 +32,7 @@ from gateway.listener import Listener
 from gateway.shard_links import Answer, ShardLinks
 from gateway.throttle import Throttle
 from gateway.triggers import Triggers
-from gateway.websocket import text_frame
+from gateway.websocket import text_frame, text_frame_of
 
 INBOX_MAX = 256
 """Messages of a client that wait for one before them; past it no more is read for now."""
@@ -584,9 +584,12 @@ class Client:
             asyncio.get_running_loop().call_later(SYNC_RETRY_S, self._retry, subscription)
         else:
             subscription.position = None
-            frames = [text_frame(payload) for payload in (answer.payload, *(answer.missed or ()))]
+            assert answer.body is not None, "completed by the link"
+            frames = [text_frame_of(answer.head, answer.body, b"}}")]
+            if answer.missed:
+                frames += map(text_frame, answer.missed)
             self._port.resumed_total += answer.resumed
-            if not self._connection.send(b"".join(frames)):
+            if not self._connection.send(frames[0] if len(frames) == 1 else b"".join(frames)):
                 # This one alone waits for its turn: were the others that have theirs to begin anew
                 # as well, syncs that do not fit together would take one another's place for ever.
                 self._port.behind_total += 1

@@ -50,29 +50,29 @@ def foreign_payload(group: GroupState, message: Foreign, timestamp_ms: int) -> b
     )
 
 
-def sync_payload(group: GroupState, item_id: str | None, snapshot: Snapshot) -> bytes:
-    """The JSON text of the `sync` envelope of a group, or of one item."""
+def sync_parts(group: GroupState, item_id: str | None, snapshot: Snapshot) -> tuple[bytes, bytes]:
+    """Head and body of the `sync` envelope of a group, or of one item: see `messages.Synced`."""
     resumed = b"" if snapshot.resumed is None else b',"resumed":false'
-    return b"".join(
+    head = b"".join(
         (
             *_beginning(group, item_id, snapshot.timestamp_ms),
             b',"seq":%d,"epoch":"%b"' % (snapshot.seq, snapshot.epoch.encode()),
             resumed,
             b',"event":{"type":"sync","data":',
-            snapshot.data,
-            b"" if snapshot.ids is None else b',"ids":' + snapshot.ids,
-            b"}}",
         )
     )
+    if snapshot.ids is None:
+        return head, snapshot.data
+    return head, snapshot.data + b',"ids":' + snapshot.ids
 
 
-def resume_payload(group: GroupState, item_id: str | None, resumed: Resumed) -> bytes:
-    """The JSON text of the envelope that says that what follows is what was missed."""
+def resume_head(group: GroupState, item_id: str | None, resumed: Resumed) -> bytes:
+    """Head of the envelope that says that what follows is what was missed; its body is empty."""
     return b"".join(
         (
             *_beginning(group, item_id, resumed.timestamp_ms),
             b',"seq":%d,"epoch":"%b"' % (resumed.since, resumed.epoch.encode()),
-            b',"resumed":true,"event":{"type":"resume"}}',
+            b',"resumed":true,"event":{"type":"resume"',
         )
     )
 

@@ -262,6 +262,16 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
     metrics.counter(
         "triggers_fired", "Trigger invocations asked for.", lambda: requests.triggers_fired_total
     )
+    metrics.gauge(
+        "sync_bodies_bytes",
+        "Bytes of syncs that gateways keep for others that hold the same.",
+        lambda: requests.sync_bodies_bytes,
+    )
+    metrics.counter(
+        "syncs_shared",
+        "Syncs of which the gateway had what they hold already.",
+        lambda: requests.syncs_shared_total,
+    )
     metrics.gauge("triggers", "Triggers registered.", lambda: len(requests.triggers))
     metrics.gauge("leases", "Subscriptions that gateways hold.", lambda: len(requests.leases))
     metrics.gauge(

@@ -15,12 +15,13 @@ from broker.label_counts import LabelCounts
 from broker.link import Link
 from broker.messages import Event, Failure, Reply, Synced, ToShard, Trace, Welcome
 from broker.names import Group
+from broker.sync_bodies import SentBodies
 from broker.tasks import Tasks
 from broker.tracing import Kind as SpanKind
 from broker.tracing import Span, Tracing
 from shards import update_ops
 from shards.committer import Committer
-from shards.events import event_payload, foreign_payload, past_payload, resume_payload, sync_payload
+from shards.events import event_payload, foreign_payload, past_payload, resume_head, sync_parts
 from shards.group import (
     Change,
     Done,
@@ -106,6 +107,8 @@ class Requests:
         self.leases = leases
         self._interested: dict[tuple[str, str], list[GatewayLink]] = {}
         self._links: dict[GatewayLink, set[tuple[str, str]]] = {}
+        self._bodies: dict[GatewayLink, SentBodies] = {}
+        self._syncs_shared_before = 0
         self._tasks = Tasks()
         self.reporter: Reporter | None = None
         self.tracing: Tracing | None = None
@@ -143,6 +146,17 @@ class Requests:
         """To gateways, likewise."""
         return self._before[1] + sum(link.sent_bytes for link in self._links)
 
+    @property
+    def sync_bodies_bytes(self) -> int:
+        """Of what gateways keep."""
+        return sum(bodies.bytes for bodies in self._bodies.values())
+
+    @property
+    def syncs_shared_total(self) -> int:
+        """Syncs whose body the gateway had, over all links so far."""
+        now = sum(bodies.shared_total for bodies in self._bodies.values())
+        return self._syncs_shared_before + now
+
     def not_ready(self) -> list[str]:
         """Why not every call can be taken, a sentence each."""
         if self.committer.waiting < WAITING_MAX:
@@ -151,10 +165,12 @@ class Requests:
 
     def link_made(self, link: GatewayLink) -> None:
         self._links[link] = set()
+        self._bodies[link] = SentBodies()
 
     def link_lost(self, link: GatewayLink, reason: str) -> None:
         for group in self._links.pop(link, ()):
             self._not_interested(link, group)
+        self._syncs_shared_before += self._bodies.pop(link).shared_total
         self._before[0] += link.received_bytes
         self._before[1] += link.sent_bytes
         self.overflows_total += link.overflowed
@@ -305,12 +321,15 @@ class Requests:
                 self._storage.interest(*key, True)
             self._interested.setdefault(key, []).append(link)
         if isinstance(outcome, Snapshot):
-            payload = sync_payload(group, join.item_id, outcome)
-            link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload))
+            head, body = sync_parts(group, join.item_id, outcome)
+            synced = Synced(join.call_id, outcome.seq, outcome.epoch, head, body)
+            if join.item_id is None:
+                self._bodies[link].shorten((key, join.with_ids), synced)
         else:
-            payload = resume_payload(group, join.item_id, outcome)
+            head = resume_head(group, join.item_id, outcome)
             missed = [event_payload(group, change) for change in outcome.missed]
-            link.send(Synced(join.call_id, outcome.seq, outcome.epoch, payload, missed))
+            synced = Synced(join.call_id, outcome.seq, outcome.epoch, head, missed=missed)
+        link.send(synced)
 
     def storage_state(self, trouble: str | None) -> None:
         """Tell all gateways what keeps the storage from working, or that it works again."""

@@ -126,6 +126,36 @@ def test_snapshot_then_stream_in_one_order(any_broker: Broker, run: Run) -> None
     run(scenario())
 
 
+def test_every_one_of_many_syncs_is_whole(any_broker: Broker, run: Run) -> None:
+    """Also where many hold the same, and where what they hold changes between them."""
+
+    async def main() -> None:
+        worker = await Worker.open(any_broker.worker_url)
+        group = ("alike", uuid.uuid4().hex)
+        held = {f"i{n}": f"{n}" * 300 for n in range(10)}
+        for item_id, data in held.items():
+            await result_of(worker, "stream::set", item(*group, item_id, data=data))
+        clients = [await StreamClient.open(any_broker.stream_url) for _ in range(8)]
+        for turn in range(6):
+            syncs = await asyncio.gather(
+                *(c.join(*group, f"s{turn}", ids=n % 2 == 0) for n, c in enumerate(clients))
+            )
+            for number, sync in enumerate(syncs):
+                assert sync["event"]["data"] == list(held.values())
+                assert sync["event"].get("ids") == (None if number % 2 else list(held))
+            for client in clients:
+                await client.send_leave(*group, f"s{turn}")
+                await client.ping()
+            if turn % 2:
+                held["i3"] = f"{turn}" * 300
+                await result_of(worker, "stream::set", item(*group, "i3", data=held["i3"]))
+        for client in clients:
+            await client.close()
+        await worker.close()
+
+    run(main())
+
+
 def test_joining_again_with_the_same_id_misses_nothing(any_broker: Broker, run: Run) -> None:
     """Promise 3: whoever is subscribed all the time gets every event."""
 

@@ -59,7 +59,17 @@ to_gateway = st.one_of(
     st.builds(messages.Welcome, ids, ids, ids),
     st.builds(messages.Reply, ids, st.none() | data),
     st.builds(messages.Failure, ids, names, names, st.none() | names, st.booleans()),
-    st.builds(messages.Synced, ids, ids, names, data, st.none() | st.lists(data)),
+    st.builds(
+        messages.Synced,
+        ids,
+        ids,
+        names,
+        data,
+        st.none() | data,
+        st.none() | st.lists(data),
+        ids,
+        st.lists(ids),
+    ),
     st.builds(messages.Left, names, names, names, data),
     st.builds(
         messages.Event,
