@@ -8,7 +8,7 @@ from typing import Any
 from broker.errors import StorageError
 from broker.names import Group
 from shards.group import Done, Operation
-from shards.storage import redis_keys
+from shards.storage.redis_keys import RedisKeys
 from tests.storage.test_redis_changes import Member, members
 from tests.storage.test_storages import INCREMENT, asynchronous, get, put, update
 from tests.support.redis_cluster import RedisClusterServers, until
@@ -17,7 +17,7 @@ GROUPS = [f"g{n}" for n in range(12)]
 
 
 def key_of(group_id: str) -> str:
-    return redis_keys.data_key(Group("s", group_id))
+    return RedisKeys().data_key(Group("s", group_id))
 
 
 async def settled(member: Member, operation: Operation) -> Any:
@@ -37,7 +37,7 @@ async def test_members_hear_each_other(redis_cluster: RedisClusterServers) -> No
                 await member.until(lambda m=member, g=group: len(m.seqs(g)) == 6)
                 assert member.seqs(group) == [1, 2, 3, 4, 5, 6]
         for group in GROUPS:  # by sharded pub/sub, which goes to no other node
-            channel = redis_keys.group_keys(Group("s", group)).channel
+            channel = RedisKeys().group_keys(Group("s", group)).channel
             for node in redis_cluster.nodes:
                 ((_, heard),) = node.client.pubsub_shardnumsub(channel)
                 assert heard == (3 if node is redis_cluster.node_of(key_of(group)) else 0)

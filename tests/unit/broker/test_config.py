@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def test_placeholders(tmp_path: Path) -> None:
         (adapter("{store_metod: in_memory}"), "modules[0].config.adapter.config.store_metod"),
         (adapter("{file_path: 5}"), "modules[0].config.adapter.config.file_path"),
         (adapter("{redis_url: 'http://x'}", "RedisAdapter"), None),
+        (adapter("{key_prefix: a}", "RedisAdapter"), "modules[0].config.adapter.config.key_prefix"),
+        (adapter("{key_prefix: 'a:'}"), "modules[0].config.adapter.config.key_prefix"),
         (CLASSES + NAMES, None),
         ("broker: {shards: 0}\n", "broker.shards"),
         ("broker: {shard: 2}\n", "broker.shard"),
@@ -209,6 +212,45 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
     text = adapter("{redis_url: 'http://user:hunter2@host'}", "RedisAdapter")
     assert "hunter2" not in str(refusal(tmp_path, text))
+
+
+def prefixed(prefix: str) -> str:
+    return adapter(f"{{key_prefix: {json.dumps(prefix)}}}", "RedisAdapter")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "a:", "team:chat:", "é:", "mybroker:", "streams:", "-._/'\"#@:", "x" * 127 + ":"]
+)
+def test_key_prefixes(tmp_path: Path, prefix: str) -> None:
+    settings, _ = load(tmp_path, prefixed(prefix))
+    assert settings.adapter == RedisAdapter(key_prefix=prefix)
+    assert load(tmp_path, config.to_yaml(settings)) == (settings, [])
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *(
+            "a",
+            "a:b",
+            ":",
+            "a::",
+            "stream:",
+            "broker:",
+            "a:stream:",
+            "a:broker:b:",
+            "a :",
+            "a\u00a0:",
+        ),
+        *("{a}:", "{:", "}:", "*:", "a?:", "[a]:", "a]:", "a\\:", "a\n:", "a:\n", "a\x7f:"),
+        *("\u2028:", "\ud800:", "x" * 128 + ":"),
+    ],
+)
+def test_key_prefixes_that_are_refused(tmp_path: Path, prefix: str) -> None:
+    error = refusal(tmp_path, prefixed(prefix))
+    if prefix != "\ud800:":  # the text of the file is refused before
+        assert error.path == "modules[0].config.adapter.config.key_prefix"
+    assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("text", [CLASSES, adapter("{redis_url: 'redis://r:1'}", "RedisAdapter")])
