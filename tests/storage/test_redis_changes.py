@@ -18,6 +18,7 @@ from shards.group import Change, Done, Kind, Operation, Snapshot
 from shards.history import HistoryLimits
 from shards.storage.base import Settled
 from shards.storage.redis import RedisStorage
+from shards.storage.redis_foreign import Foreign
 from shards.storage.redis_keys import RedisKeys
 from tests.storage.test_storages import (
     INCREMENT,
@@ -39,10 +40,19 @@ LIMITS = HistoryLimits(1000, 3_600_000, 2**20, 2**26)
 class Member:
     """A storage, and what its shard hears of stream `s`: own changes and those of others."""
 
-    def __init__(self, url: str, limits: HistoryLimits = LIMITS) -> None:
+    def __init__(self, url: str, limits: HistoryLimits = LIMITS, key_prefix: str = "") -> None:
         self.heard: list[tuple[str, Change]] = []
         self.remote: list[Change] = []
-        self.storage = RedisStorage(url, wall_clock_ms, 10**6, limits, remote_changes=self._changed)
+        self.foreign: list[Foreign] = []
+        self.storage = RedisStorage(
+            url,
+            wall_clock_ms,
+            10**6,
+            limits,
+            key_prefix=key_prefix,
+            remote_changes=self._changed,
+            foreign=self.foreign.append,
+        )
 
     def _changed(self, stream: str, group_id: str, change: Change) -> None:
         assert stream == "s"
