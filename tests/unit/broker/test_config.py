@@ -271,5 +271,6 @@ def test_the_documentation_has_every_key_and_default() -> None:
         "run_dir": "./data/run",
         "file_path": KvAdapter().file_path,
         "redis_url": RedisAdapter().redis_url,
+        "key_prefix": '""',
     }.items():
         assert f"`{default}`" in rows[key], key
