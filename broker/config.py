@@ -428,11 +428,10 @@ def _adapter(values: _Values, path: str, warnings: list[str]) -> KvAdapter | Red
             own = {key: value for key, value in config.items() if key not in ignored}
             return KvAdapter(**converted(KvAdapter, own, config_path, ignored))
         case "redis":
-            if (
-                config.get("key_prefix") is None
-            ):  # as an environment variable that is empty leaves it
-                config.pop("key_prefix", None)
-            redis = RedisAdapter(**converted(RedisAdapter, config, config_path))
+            own = dict(config)
+            if own.get("key_prefix", "") is None:  # what an empty environment variable leaves
+                del own["key_prefix"]
+            redis = RedisAdapter(**converted(RedisAdapter, own, config_path))
             try:
                 redis_url.parse(redis.redis_url)
             except ValueError as error:

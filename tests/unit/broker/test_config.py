@@ -227,6 +227,14 @@ def test_key_prefixes(tmp_path: Path, prefix: str) -> None:
     assert load(tmp_path, config.to_yaml(settings)) == (settings, [])
 
 
+def test_a_key_prefix_of_the_environment(tmp_path: Path) -> None:
+    text = adapter("{key_prefix: '${PREFIX:}'}", "RedisAdapter")
+    environs: list[dict[str, str]] = [{}, {"PREFIX": ""}, {"PREFIX": "a:"}]
+    for environ, prefix in zip(environs, ("", "", "a:"), strict=True):
+        settings, _ = load(tmp_path, text, environ=environ)
+        assert settings.adapter == RedisAdapter(key_prefix=prefix)
+
+
 @pytest.mark.parametrize(
     "prefix",
     [
