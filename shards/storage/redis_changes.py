@@ -14,6 +14,7 @@ seen go on from where they were; of others what is newer than the subscription i
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -118,6 +119,8 @@ class RemoteChanges:
         self._client = client
         self._keys = keys
         self._events = keys.events.encode()
+        self._echo_channel = keys.echo_channel(secrets.token_hex(8))
+        self._echo = self._echo_channel.encode()
         self._tell = tell
         self._tell_foreign = tell_foreign
         self._tell_lost = tell_lost
@@ -293,7 +296,7 @@ class RemoteChanges:
         first = min(own, default=seq + 1)
         if stream is not None and stream.since_ms is not None:
             is_doubtful = stream.is_in_doubt or watched.is_doubtful
-            if is_doubtful or not await self._heard_before(watched, epoch, own):
+            if is_doubtful or not await self._heard_before(group, watched, epoch, own):
                 with suppress(StorageError):
                     await self._find_new([group])
                 if watched.is_known and watched.epoch == epoch:
@@ -463,12 +466,15 @@ class RemoteChanges:
             if not watched.busy:
                 self._heal_soon(group)
 
-    async def _heard_before(self, watched: _Watched, epoch: str, own: set[int]) -> bool:
+    async def _heard_before(
+        self, group: Group, watched: _Watched, epoch: str, own: set[int]
+    ) -> bool:
         """Return when all has arrived that others changed before the changes `own`; False when
         nobody can say. Our own come the same way, right behind it; where there are none, what
-        comes before the answer to a ping will do."""
-        if not own:
-            return await self._barrier()
+        comes before the answer to a ping will do. In a cluster our own may have come from their
+        node by sharded pub/sub, which is another way."""
+        if not own or self._cluster is not None:
+            return await self._barrier(group)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(BARRIER_S_MAX):
@@ -481,19 +487,28 @@ class RemoteChanges:
             watched.awaited = None
         return True
 
-    async def _barrier(self) -> bool:
-        """Return when all that Redis told before has arrived; False when nobody can say."""
+    async def _barrier(self, group: Group) -> bool:
+        """Return when all that Redis told of `group` before has arrived; False when nobody can
+        say."""
         pubsub = self._pubsub
         if pubsub is None:
             return False
+        node: RedisClient | None = None
+        if self._cluster is not None:
+            node = self._cluster.server_of(self._keys.group_keys(group).slot)
+            if node is None:
+                return False
         self._pings += 1
         name = b"%d" % self._pings
         pong = self._pongs[name] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(BARRIER_S_MAX):
-                await pubsub.ping(name)
+                if node is None:
+                    await pubsub.ping(name)
+                else:  # by the node that tells of the group: nodes tell one another in order
+                    await node.run([("PUBLISH", self._echo_channel, name)])
                 await pong
-        except (RedisError, OSError, TimeoutError, AttributeError):
+        except (RedisError, OSError, TimeoutError, AttributeError, StorageError):
             # AttributeError: from the library, whose reader loses the connection this moment.
             return False
         finally:
@@ -514,6 +529,8 @@ class RemoteChanges:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
                 channels = self._channels if self._sharded is None else ()
+                if self._cluster is not None:
+                    channels = (self._echo_channel, *channels)
                 await pubsub.subscribe(self._keys.streams, *channels, *self._stream_channels)
                 if self._hears_others:  # both at once: the script compares how many there are
                     await pubsub.subscribe(self._keys.events, self._keys.listeners)
@@ -552,7 +569,7 @@ class RemoteChanges:
             if foreign is not None and Group(foreign.stream, foreign.group_id) in self._watched:
                 self._tell_foreign(foreign)
             return
-        if message["type"] == "pong":
+        if message["type"] == "pong" or channel == self._echo:
             pong = self._pongs.get(message["data"])
             if pong is not None and not pong.done():
                 pong.set_result(None)

@@ -110,6 +110,10 @@ class RedisKeys:
         """Where the changes of all groups of a stream are told, for those with triggers on it."""
         return f"{self._own}changes:{encoded(stream)}"
 
+    def echo_channel(self, listener: str) -> str:
+        """Where a listener says something to itself, to hear it behind what others said before."""
+        return f"{self._own}echo:{listener}"
+
     def _group_keys(self, group: Group) -> GroupKeys:
         data = self.data_key(group)
         slot = slot_of(data)

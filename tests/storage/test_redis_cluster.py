@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from broker.errors import StorageError
 from broker.names import Group
 from shards.group import Done, Operation
 from shards.storage.redis_keys import RedisKeys
 from tests.storage.test_redis_changes import Member, members
-from tests.storage.test_storages import INCREMENT, asynchronous, get, put, update
+from tests.storage.test_storages import INCREMENT, asynchronous, get, join, put, update
+from tests.support.held_bus import HeldBus
 from tests.support.redis_cluster import RedisClusterServers, until
+from tests.support.redis_server import RedisServer
 
 GROUPS = [f"g{n}" for n in range(12)]
 
@@ -42,6 +46,37 @@ async def test_members_hear_each_other(redis_cluster: RedisClusterServers) -> No
                 ((_, heard),) = node.client.pubsub_shardnumsub(channel)
                 assert heard == (3 if node is redis_cluster.node_of(key_of(group)) else 0)
                 assert node.client.pubsub_numsub(channel) == [(channel, 0)]
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+@asynchronous
+async def test_what_came_before_the_first_touch_is_told(
+    redis_cluster: RedisClusterServers, is_changed: bool
+) -> None:
+    """Of a group of a stream that triggers want, also when the node that has the group is slow to
+    tell the one that is listened on."""
+    async with members(redis_cluster) as (writer, hearer):
+        hearer.storage.interest_stream("s", True)
+        channel = RedisKeys().stream_channel("s")
+
+        def listened() -> list[RedisServer]:
+            return [n for n in redis_cluster.nodes if n.client.pubsub_numsub(channel)[0][1]]
+
+        await hearer.until(lambda: len(listened()) == 1)
+        (near,) = listened()
+        far = [group for group in GROUPS if redis_cluster.node_of(key_of(group)) is not near]
+        async with HeldBus(redis_cluster, near) as bus:
+            for group in far[:4]:
+                bus.is_open.clear()
+                await writer.perform(put("i", 1, group))
+                touch = put("i", 2, group) if is_changed else join(group=group)
+                touched = asyncio.create_task(hearer.perform(touch))
+                await asyncio.sleep(0.05)
+                bus.is_open.set()
+                await touched
+                count = 1 + is_changed
+                await hearer.until(lambda g=group, n=count: len(hearer.seqs(g)) >= n)
+                assert hearer.seqs(group) == list(range(1, count + 1))
 
 
 @asynchronous
