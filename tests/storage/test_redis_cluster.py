@@ -9,6 +9,7 @@ import pytest
 
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_slots import probe_key, slot_of
 from shards.group import Done, Operation
 from shards.storage.redis_keys import RedisKeys
 from tests.storage.test_redis_changes import Member, members
@@ -139,7 +140,11 @@ async def test_failover() -> None:
                 await one.perform(put("i", 1, group))
             lost = servers.node_of(key_of("g0"))
             concerned = [g for g in GROUPS if servers.node_of(key_of(g)) is lost]
-            lost.client.execute_command("WAIT", 1, 2000)
+            # Waits for what the same connection wrote, and so for all before.
+            written = lost.client.pipeline(transaction=False)
+            written.set(probe_key("", slot_of(key_of("g0"))), "")
+            written.execute_command("WAIT", 1, 10_000)
+            assert written.execute()[-1] == 1
             assert lost.process is not None
             lost.process.kill()
             lost.process.wait()
