@@ -30,6 +30,8 @@ class RedisPlace:
         self._keys = RedisKeys(key_prefix)
         self._copying_key = copying_key(key_prefix)
         self._client = client_of(url, _nothing, _nothing, key_prefix=key_prefix, is_copying=True)
+        where = f" under the key prefix {key_prefix!r}" if key_prefix else ""
+        self._name = f"the Redis at {self._client.address}{where}"
         self._is_entered = 0
 
     async def __aenter__(self) -> Self:
@@ -41,7 +43,7 @@ class RedisPlace:
             for server in self._client.servers:
                 (reply,) = await server.run([("PUBSUB", "NUMSUB", self._keys.streams)])
                 if self._good(reply)[1]:
-                    reason = f"the Redis at {self._client.address} is in use by a broker; stop it"
+                    reason = f"{self._name} is in use by a broker; stop it"
                     raise ConfigError(REDIS_URL_KEY, reason)
         return self
 
@@ -103,7 +105,7 @@ class RedisPlace:
             raise ConfigError("--from", "names a Redis with a copy that is not finished")
         is_unfinished = await self.copying() is not None
         if not (is_replacing or is_unfinished) and await self.names():
-            reason = f"the Redis at {self._client.address} holds data already; say --replace"
+            reason = f"{self._name} holds data already; say --replace"
             raise ConfigError("--to", f"{reason} to delete it")
         token = secrets.token_hex(8)
         await self._one("SET", self._copying_key, token)

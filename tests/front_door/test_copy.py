@@ -204,7 +204,7 @@ def test_between_prefixes_of_one_redis(run: Run, server: RedisServer, tmp_path: 
         code, _, errors = done("copy", "--from", paths[first], "--to", paths[second])
         assert code == 0, errors
         code, _, errors = done("copy", "--from", paths[first], "--to", paths[second])
-        assert (code, "holds data already" in errors) == (2, True), errors
+        assert (code, "prefix 'a:b:' holds data already" in errors) == (2, True), errors
         server.client.hset("a:b:stream:gone:g", "i", "1")
         code, _, errors = done("copy", "--from", paths[first], "--to", paths[second], "--replace")
         assert code == 0, errors
