@@ -149,3 +149,26 @@ async def test_on_a_cluster(redis_cluster: RedisClusterServers) -> None:
     keys = [key for node in redis_cluster.nodes for key in node.client.scan_iter()]
     # Probes live for a millisecond.
     assert {key[: key.index(":", key.index("r")) + 1] for key in keys} == begins
+
+
+@asynchronous
+async def test_a_user_who_may_touch_nothing_else(redis_server: RedisServer) -> None:
+    client = redis_server.client
+    rules = ("on", ">pass", f"~{PREFIX}*", f"&{PREFIX}*", "+@all")
+    client.execute_command("ACL SETUSER", "tenant", "reset", *rules)
+    client.execute_command("ACL LOG", "RESET")
+    client.hset("stream:s:hidden", "i", "1")
+    try:
+        url = redis_server.url.replace("//", "//tenant:pass@")
+        async with members(url, PREFIX, PREFIX) as (one, other):
+            await until_listened(redis_server, PREFIX, 2)
+            await one.perform(put("i", 1), put("i", 1, "h"))
+            await other.until(lambda: (other.seqs(), other.seqs("h")) == ([1], [1]))
+            message = {"type": "stream", "timestamp": 1, "streamName": "s", "groupId": "g"}
+            message |= {"event": {"type": "update", "data": 1}}
+            client.publish(f"{PREFIX}stream::events", json.dumps(message))
+            await other.until(lambda: len(other.foreign) == 1)
+            assert set(await one.storage.groups("s")) == {"g", "h"}
+        assert client.execute_command("ACL LOG") == []
+    finally:
+        client.execute_command("ACL DELUSER", "tenant")
