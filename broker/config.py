@@ -39,6 +39,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 # No control characters, which would break lines, and no lone surrogates, which are no UTF-8.
 _TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=_TEXT)]
+KeyPrefix = Annotated[str, Meta(min_length=0, max_length=128, pattern=_TEXT)]
 Shards = Annotated[int, Meta(ge=1, le=SHARDS_MAX)]
 Gateways = Annotated[int, Meta(ge=1, le=GATEWAYS_MAX)]
 FILE_PATH_KEY = "modules[].config.adapter.config.file_path"
@@ -126,6 +127,8 @@ class RedisAdapter(
     """Items in Redis. The URL may hold a password."""
 
     redis_url: Text = "redis://localhost:6379"
+    key_prefix: KeyPrefix = ""
+    """What all keys and channels begin with; brokers with different ones share nothing."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -259,6 +262,11 @@ _ADAPTERS = {
 }
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]*")
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "redis+cluster://")
+
+# Each name ends with a colon and none is `stream` or `broker`, which begin all that follows: so no
+# key under one prefix is a key under another, also where one begins the other. No pattern of keys,
+# and no hash tag of a Redis Cluster, may come of it.
+_KEY_PREFIX = re.compile(r"(?:(?!stream:|broker:)[^\s:{}*?\[\]\\]+:)*")
 
 _Part = TypeVar("_Part", bound=msgspec.Struct)
 _Values = dict[str, Value]
@@ -420,13 +428,24 @@ def _adapter(values: _Values, path: str, warnings: list[str]) -> KvAdapter | Red
             own = {key: value for key, value in config.items() if key not in ignored}
             return KvAdapter(**converted(KvAdapter, own, config_path, ignored))
         case "redis":
-            redis = RedisAdapter(**converted(RedisAdapter, config, config_path))
+            own = dict(config)
+            if own.get("key_prefix", "") is None:  # what an empty environment variable leaves
+                del own["key_prefix"]
+            redis = RedisAdapter(**converted(RedisAdapter, own, config_path))
             try:
                 redis_url.parse(redis.redis_url)
             except ValueError as error:
                 reason = f"may hold a URL that starts with {' or '.join(_REDIS_SCHEMES)}"
                 reason = f"holds {shown(redis.redis_url)}, {reason} and names a valid host and port"
                 raise ConfigError(f"{config_path}.redis_url", f"{reason}: {error}") from None
+            if not _KEY_PREFIX.fullmatch(redis.key_prefix):
+                reason = (
+                    f"holds {shown(redis.key_prefix)}, may hold names that each end with a colon"
+                )
+                reason = (
+                    f"{reason}, without spaces and {{ }} * ? [ ] \\, none of them stream or broker"
+                )
+                raise ConfigError(f"{config_path}.key_prefix", reason)
             return redis
         case "bridge":
             reason = f"holds {shown(name)}, which would keep the data in another engine"

@@ -32,7 +32,8 @@ modules:
 """
 _ADAPTER = """\
       adapter:
-        # Where items are kept; `modules::stream::adapters::RedisAdapter` with `redis_url` is Redis.
+        # Where items are kept; `modules::stream::adapters::RedisAdapter` with `redis_url` is Redis,
+        # with `key_prefix` one that others use too.
         class: modules::stream::adapters::KvStore
         config:
 """

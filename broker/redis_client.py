@@ -37,8 +37,6 @@ RETRY_S_MIN, RETRY_S_MAX = 0.05, 1.0
 """Seconds between attempts to reach Redis again: doubled from the least to the most."""
 CHECK_S = 1.0
 """Seconds between looks whether Redis can be written to."""
-COPYING_KEY = "broker:copying"
-"""There while a copy into this Redis is not finished: nobody serves from it."""
 TROUBLE_LENGTH_MAX = 300
 """Characters of what is told of trouble."""
 
@@ -75,6 +73,7 @@ class RedisClient:
     """Sends commands in pipelines, and knows whether Redis is there.
 
     Args:
+        key_prefix: what all keys begin with.
         on_return: called when Redis can be reached: at first, and each time after it was lost.
         on_trouble: called when `trouble` changed.
         is_copying: also use a Redis that holds a copy which is not finished.
@@ -87,11 +86,13 @@ class RedisClient:
         on_return: Callable[[], None],
         on_trouble: Callable[[], None],
         *,
+        key_prefix: str,
         is_copying: bool = False,
     ) -> None:
         self.address = address
         self._is_copying = is_copying
-        self.probe_key = "broker:probe"
+        self.probe_key = f"{key_prefix}broker:probe"
+        self._copying_key = copying_key(key_prefix)
         self._on_return = on_return
         self._on_trouble = on_trouble
         self.round_trips_total = 0
@@ -271,7 +272,7 @@ class RedisClient:
         """Find out whether Redis can be written to."""
         async with asyncio.timeout(ANSWER_S_MAX):
             reply, is_unfinished = await self._exchange(
-                [("SET", self.probe_key, "", "PX", 1), ("EXISTS", COPYING_KEY)]
+                [("SET", self.probe_key, "", "PX", 1), ("EXISTS", self._copying_key)]
             )
         if is_unfinished == 1 and not self._is_copying:
             raise RedisError("it holds a copy that is not finished; run broker copy again")
@@ -307,6 +308,11 @@ class RedisClient:
         _log.info("redis_reached", address=self.address)
         self._on_return()
         return True
+
+
+def copying_key(key_prefix: str) -> str:
+    """Of what is there while a copy is not finished: nobody serves from it."""
+    return f"{key_prefix}broker:copying"
 
 
 def _whole_text(error: ResponseError) -> str:

@@ -52,6 +52,7 @@ class RedisCluster:
     """As `RedisClient`, of several servers.
 
     Args:
+        key_prefix: what all keys begin with.
         on_return: called each time that a node can be reached again, and when slots moved.
         on_trouble: called when `trouble` changed.
     """
@@ -62,10 +63,12 @@ class RedisCluster:
         on_return: Callable[[], None],
         on_trouble: Callable[[], None],
         *,
+        key_prefix: str,
         is_copying: bool = False,
     ) -> None:
         self.address = url.address
         self._url = url
+        self._key_prefix = key_prefix
         self._is_copying = is_copying
         self._on_return = on_return
         self._on_trouble = on_trouble
@@ -257,6 +260,7 @@ class RedisCluster:
                 shown_address(*address),
                 self._on_return,
                 self._node_troubled,
+                key_prefix=self._key_prefix,
                 is_copying=self._is_copying,
             )
             await node.open()
@@ -311,7 +315,7 @@ class RedisCluster:
             slots[start : end + 1] = [node] * (end + 1 - start)
             firsts.setdefault(node, start)
         for node, slot in firsts.items():
-            node.probe_key = probe_key(slot)
+            node.probe_key = probe_key(self._key_prefix, slot)
         missing = slots.count(None)
         self._why = f"has no node for {missing} slots" if missing else None
         has_moved = slots != self._slots
@@ -350,18 +354,28 @@ def client_of(
     on_return: Callable[[], None],
     on_trouble: Callable[[], None],
     *,
+    key_prefix: str,
     is_copying: bool = False,
 ) -> RedisClient | RedisCluster:
-    """The client of what `url` names; `is_copying` for the command that fills it.
+    """The client of what `url` names, whose own keys begin with `key_prefix`; `is_copying` for the
+    command that fills it.
 
     Raises:
         ConfigError: nothing can be made of the URL.
     """
     place = parsed(url)
     if place.kind == "cluster":
-        return RedisCluster(place, on_return, on_trouble, is_copying=is_copying)
-    pool, address = pool_of(place), place.address
-    return RedisClient(pool, address, on_return, on_trouble, is_copying=is_copying)
+        return RedisCluster(
+            place, on_return, on_trouble, key_prefix=key_prefix, is_copying=is_copying
+        )
+    return RedisClient(
+        pool_of(place),
+        place.address,
+        on_return,
+        on_trouble,
+        key_prefix=key_prefix,
+        is_copying=is_copying,
+    )
 
 
 def _nothing() -> None:

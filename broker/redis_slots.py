@@ -23,9 +23,9 @@ def tag_of(slot: int) -> str:
     return _tags()[slot]
 
 
-def probe_key(slot: int) -> str:
+def probe_key(key_prefix: str, slot: int) -> str:
     """A key in `slot`, which is written to see whether it can be."""
-    return f"broker:{{{tag_of(slot)}}}:probe"
+    return f"{key_prefix}broker:{{{tag_of(slot)}}}:probe"
 
 
 def prepare() -> None:

@@ -343,7 +343,12 @@ def _redis_peers(settings: Config, gateway: Gateway) -> RedisPeers | None:
     # Who has no Redis does without the memory that the library takes.
     from gateway.redis_peers import RedisPeers  # noqa: PLC0415
 
-    redis_peers = RedisPeers(adapter.redis_url, gateway.peers, settings.limits.link_queue_bytes_max)
+    redis_peers = RedisPeers(
+        adapter.redis_url,
+        gateway.peers,
+        settings.limits.link_queue_bytes_max,
+        key_prefix=adapter.key_prefix,
+    )
     gateway.peers.is_blind = lambda: redis_peers.is_blind
     gateway.triggers.wait_for(redis_peers.known())
     return redis_peers

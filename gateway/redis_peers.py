@@ -19,8 +19,6 @@ from broker.redis_cluster import client_of
 from gateway.peer_sessions import Sessions
 from gateway.peers import Peers
 
-GATEWAYS_KEY = "broker:gateways"
-"""Hash: id of a gateway to what `_Place` says."""
 TICK_S = 1.0
 ALIVE_MS = 5000
 """Of the key that tells that a gateway is alive, after it was last renewed."""
@@ -48,18 +46,26 @@ class _Place(msgspec.Struct):
 
 
 class RedisPeers:
-    """Finds the gateways of other brokers and keeps links to them."""
+    """Finds the gateways of other brokers and keeps links to them.
 
-    def __init__(self, url: str, peers: Peers, queue_bytes_max: int) -> None:
+    Args:
+        key_prefix: what all keys begin with; brokers with another one are not found.
+    """
+
+    def __init__(
+        self, url: str, peers: Peers, queue_bytes_max: int, *, key_prefix: str = ""
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._peers = peers
         self._me = peers.me
-        self._client = client_of(url, self._returned, _untold)
+        self._client = client_of(url, self._returned, _untold, key_prefix=key_prefix)
         self._sessions = Sessions(peers, self._post, self._loop.call_soon, queue_bytes_max)
         self._outbox: list[tuple[str, bytes]] = []
         self._posted = asyncio.Event()
         self._wake = asyncio.Event()
-        self._inbox = inbox_key(self._me.gateway_id)
+        self._prefix = key_prefix
+        self._gateways_key = f"{key_prefix}broker:gateways"  # hash: id of a gateway to its `_Place`
+        self._inbox = self._inbox_key(self._me.gateway_id)
         self._reading = ("COUNT", READ_MAX, "BLOCK", BLOCK_MS, "STREAMS", self._inbox)
         self._last_id = "0"
         self._missing_since: dict[str, float] = {}
@@ -104,7 +110,11 @@ class RedisPeers:
         try:
             await self._write_once()
             await self._client.run(
-                [("HDEL", GATEWAYS_KEY, me), ("DEL", alive_key(me)), ("DEL", self._inbox)]
+                [
+                    ("HDEL", self._gateways_key, me),
+                    ("DEL", self._alive_key(me)),
+                    ("DEL", self._inbox),
+                ]
             )
         except StorageError:
             pass  # it expires
@@ -138,9 +148,9 @@ class RedisPeers:
         replies = await self._client.run(
             [
                 ("PEXPIRE", self._inbox, INBOX_MS),
-                ("SET", alive_key(me), 1, "PX", ALIVE_MS),
-                ("HSET", GATEWAYS_KEY, me, msgspec.json.encode(place)),
-                ("HGETALL", GATEWAYS_KEY),
+                ("SET", self._alive_key(me), 1, "PX", ALIVE_MS),
+                ("HSET", self._gateways_key, me, msgspec.json.encode(place)),
+                ("HGETALL", self._gateways_key),
             ]
         )
         self._check(*replies)
@@ -151,7 +161,7 @@ class RedisPeers:
                 [("XADD", self._inbox, "*", "f", b""), ("PEXPIRE", self._inbox, INBOX_MS)]
             )
         others = self._others(places)
-        alive = await self._client.run([("EXISTS", alive_key(other)) for other in others])
+        alive = await self._client.run([("EXISTS", self._alive_key(other)) for other in others])
         self._check(*alive)
         present = {other for other, there in zip(others, alive, strict=True) if there}
         await self._forget_dead([other for other in others if other not in present])
@@ -185,7 +195,7 @@ class RedisPeers:
         self._missing_since = {other: self._missing_since.get(other, now) for other in dead}
         gone = [other for other, since in self._missing_since.items() if now - since > FORGET_S]
         if gone:
-            await self._client.run([("HDEL", GATEWAYS_KEY, other) for other in gone])
+            await self._client.run([("HDEL", self._gateways_key, other) for other in gone])
 
     async def _read(self) -> None:
         while True:
@@ -227,12 +237,30 @@ class RedisPeers:
         self._posted.clear()
         outbox, self._outbox = self._outbox, []
         commands: list[Command] = [
-            ("XADD", inbox_key(target), "NOMKSTREAM", "MAXLEN", "~", INBOX_MAX, "*", "f", data)
+            (
+                "XADD",
+                self._inbox_key(target),
+                "NOMKSTREAM",
+                "MAXLEN",
+                "~",
+                INBOX_MAX,
+                "*",
+                "f",
+                data,
+            )
             for target, data in outbox
         ]
         for (target, _), reply in zip(outbox, await self._client.run(commands), strict=True):
             if reply is None or isinstance(reply, ResponseError):
                 self._sessions.lose_target(target, str(reply or "it is gone"))
+
+    def _inbox_key(self, gateway_id: str) -> str:
+        """Of the stream that a gateway reads."""
+        return f"{self._prefix}broker:inbox:{gateway_id}"
+
+    def _alive_key(self, gateway_id: str) -> str:
+        """Of what expires when a gateway dies."""
+        return f"{self._prefix}broker:gateway:{gateway_id}"
 
     def _check(self, *replies: Any) -> None:
         """Raises: StorageError when Redis refused a command."""
@@ -243,16 +271,6 @@ class RedisPeers:
 
 def _untold() -> None:
     """What keeps Redis from being used is told by the shards."""
-
-
-def inbox_key(gateway_id: str) -> str:
-    """The stream that a gateway reads."""
-    return f"broker:inbox:{gateway_id}"
-
-
-def alive_key(gateway_id: str) -> str:
-    """Of what expires when a gateway dies."""
-    return f"broker:gateway:{gateway_id}"
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:

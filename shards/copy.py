@@ -111,7 +111,7 @@ def _source(path: str) -> Source:
     adapter = config.load(path, Overrides(), os.environ)[0].adapter
     if isinstance(adapter, KvAdapter):
         return KvSource(_folder(adapter, "--from"))
-    return RedisPlace(adapter.redis_url)
+    return RedisPlace(adapter.redis_url, adapter.key_prefix)
 
 
 def _target(path: str) -> Target:
@@ -119,7 +119,7 @@ def _target(path: str) -> Target:
     adapter = settings.adapter
     if isinstance(adapter, KvAdapter):
         return KvTarget(_folder(adapter, "--to"), settings.shards)
-    return RedisPlace(adapter.redis_url)
+    return RedisPlace(adapter.redis_url, adapter.key_prefix)
 
 
 def _folder(adapter: KvAdapter, option: str) -> Path:

@@ -11,24 +11,27 @@ from redis.exceptions import ResponseError
 
 from broker.errors import ConfigError, StorageError
 from broker.names import Group
-from broker.redis_client import COPYING_KEY, Command
+from broker.redis_client import Command, copying_key
 from broker.redis_cluster import client_of
 from broker.redis_pools import REDIS_URL_KEY
 from shards.copy_places import PAGE, GroupHead, Item, Put, Source
 from shards.group import new_epoch
-from shards.storage import redis_keys
+from shards.storage.redis_keys import RedisKeys, encoded
 from shards.storage.redis_turn import EMPTY_GROUP_MS_MIN, is_json
 
 SCAN_COUNT = 1000
-OWN_PATTERN = "broker:*"
 
 
 class RedisPlace:
-    """See `shards.copy_places`: both a `Source` and a `Target`."""
+    """See `shards.copy_places`: both a `Source` and a `Target`. What lacks `key_prefix` is left
+    alone."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._client = client_of(url, _nothing, _nothing, is_copying=True)
+    def __init__(self, url: str, key_prefix: str = "") -> None:
+        self._keys = RedisKeys(key_prefix)
+        self._copying_key = copying_key(key_prefix)
+        self._client = client_of(url, _nothing, _nothing, key_prefix=key_prefix, is_copying=True)
+        where = f" under the key prefix {key_prefix!r}" if key_prefix else ""
+        self._name = f"the Redis at {self._client.address}{where}"
         self._is_entered = 0
 
     async def __aenter__(self) -> Self:
@@ -38,9 +41,9 @@ class RedisPlace:
             if self._client.trouble is not None:
                 raise StorageError("redis_unavailable", self._client.trouble)
             for server in self._client.servers:
-                (reply,) = await server.run([("PUBSUB", "NUMSUB", redis_keys.STREAMS_KEY)])
+                (reply,) = await server.run([("PUBSUB", "NUMSUB", self._keys.streams)])
                 if self._good(reply)[1]:
-                    reason = f"the Redis at {self._client.address} is in use by a broker; stop it"
+                    reason = f"{self._name} is in use by a broker; stop it"
                     raise ConfigError(REDIS_URL_KEY, reason)
         return self
 
@@ -53,23 +56,23 @@ class RedisPlace:
 
     async def names(self) -> list[Group]:
         found: dict[Group, None] = {}
-        async for key in self._keys(redis_keys.DATA_PATTERN):
-            if (group := redis_keys.group_of_data_key(key)) is not None:
+        async for key in self._scan(self._keys.data_pattern):
+            if (group := self._keys.group_of_data_key(key)) is not None:
                 found[group] = None
-        async for key in self._keys(redis_keys.HEAD_PATTERN):
-            if (group := redis_keys.group_of_head_key(key)) is not None:
+        async for key in self._scan(self._keys.head_pattern):
+            if (group := self._keys.group_of_head_key(key)) is not None:
                 found[group] = None
         return list(found)
 
     async def head(self, group: Group) -> GroupHead:
-        key = redis_keys.group_keys(group).head
+        key = self._keys.group_keys(group).head
         epoch, seq, time = await self._one("HMGET", key, "epoch", "seq", "time")
         if epoch is None:
             epoch = new_epoch().encode()
         return GroupHead(group, epoch.decode(), int(seq or 0), int(time or 0))
 
     async def items(self, group: Group) -> AsyncIterator[list[Item]]:
-        keys = redis_keys.group_keys(group)
+        keys = self._keys.group_keys(group)
         seen: set[bytes] = set()
         start = 0
         while fields := await self._one("ZRANGE", keys.order, start, start + PAGE - 1):
@@ -91,7 +94,7 @@ class RedisPlace:
 
     async def copying(self) -> bytes | None:
         """The mark of a copy that is not finished."""
-        mark: bytes | None = await self._one("GET", COPYING_KEY)
+        mark: bytes | None = await self._one("GET", self._copying_key)
         return mark
 
     # Write --------------------------------------------------------------------------------------
@@ -102,23 +105,23 @@ class RedisPlace:
             raise ConfigError("--from", "names a Redis with a copy that is not finished")
         is_unfinished = await self.copying() is not None
         if not (is_replacing or is_unfinished) and await self.names():
-            reason = f"the Redis at {self._client.address} holds data already; say --replace"
+            reason = f"{self._name} holds data already; say --replace"
             raise ConfigError("--to", f"{reason} to delete it")
         token = secrets.token_hex(8)
-        await self._one("SET", COPYING_KEY, token)
+        await self._one("SET", self._copying_key, token)
         if other is not None and await other.copying() == token.encode():
-            await self._one("DEL", COPYING_KEY)
+            await self._one("DEL", self._copying_key)
             raise ConfigError("--to", "names the place that is copied from")
-        async for key in self._keys(redis_keys.DATA_PATTERN):
-            if redis_keys.group_of_data_key(key) is not None:
+        async for key in self._scan(self._keys.data_pattern):
+            if self._keys.group_of_data_key(key) is not None:
                 await self._one("UNLINK", key.decode())
-        async for key in self._keys(OWN_PATTERN):
-            if key != COPYING_KEY.encode():
+        async for key in self._scan(self._keys.own_pattern):
+            if key != self._copying_key.encode():
                 await self._one("UNLINK", key.decode())
 
     @asynccontextmanager
     async def group(self, head: GroupHead) -> AsyncIterator[Put]:
-        keys = redis_keys.group_keys(head.group)
+        keys = self._keys.group_keys(head.group)
         number = 0
 
         async def put(items: list[Item]) -> None:
@@ -140,8 +143,8 @@ class RedisPlace:
             await self._one("PEXPIRE", keys.head, EMPTY_GROUP_MS_MIN)
             return
         stream, group_id = head.group
-        await self._one("SADD", redis_keys.groups_key(stream), redis_keys.encoded(group_id))
-        await self._one("SADD", redis_keys.STREAMS_KEY, redis_keys.encoded(stream))
+        await self._one("SADD", self._keys.groups_key(stream), encoded(group_id))
+        await self._one("SADD", self._keys.streams, encoded(stream))
 
     async def written(self) -> None:
         """Each command has been answered."""
@@ -150,7 +153,7 @@ class RedisPlace:
         return self
 
     async def finish(self) -> None:
-        await self._one("DEL", COPYING_KEY)
+        await self._one("DEL", self._copying_key)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class RedisPlace:
             raise self._client.refused(reply)
         return reply
 
-    async def _keys(self, pattern: str) -> AsyncIterator[bytes]:
+    async def _scan(self, pattern: str) -> AsyncIterator[bytes]:
         for server in self._client.servers:
             cursor: Any = 0
             while True:

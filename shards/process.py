@@ -161,6 +161,7 @@ def _storage(settings: Config, index: int, told: Told) -> Storage:
             wall_clock_ms,
             limits.response_bytes_max,
             history,
+            key_prefix=adapter.key_prefix,
             shard=index,
             shards=settings.shards,
             **told._asdict(),

@@ -28,10 +28,10 @@ from broker.routing import shard_of
 from broker.tasks import Tasks
 from shards.group import Change, Operation, new_epoch
 from shards.history import HistoryLimits
-from shards.storage import redis_keys
 from shards.storage.base import Settle, Settled
 from shards.storage.redis_changes import RemoteChange, RemoteChanges
 from shards.storage.redis_foreign import Foreign
+from shards.storage.redis_keys import RedisKeys, decoded, encoded
 from shards.storage.redis_turn import Answer, Call, Settings, Turn
 
 CONFLICTS_MAX = 200
@@ -60,6 +60,8 @@ class RedisStorage:
 
     Args:
         url: of Redis: `redis://`, `rediss://` or `unix://`.
+        key_prefix: what all keys and channels begin with; brokers with different ones share
+            nothing.
         shard, shards: which groups `groups` tells of; all can be asked.
         remote_changes: called with each change that another broker made to a group of
             `interest`, in order of the group's numbers and in turn with what is settled here.
@@ -81,6 +83,7 @@ class RedisStorage:
         response_bytes_max: int,
         history_limits: HistoryLimits,
         *,
+        key_prefix: str = "",
         shard: int = 0,
         shards: int = 1,
         remote_changes: RemoteChange | None = None,
@@ -91,14 +94,16 @@ class RedisStorage:
         prepare()
         self._clock = clock
         self._shard, self._shards = shard, shards
-        self._settings = Settings(history_limits, response_bytes_max)
+        self._keys = RedisKeys(key_prefix)
+        self._settings = Settings(history_limits, response_bytes_max, key_prefix)
         self._told = told
-        self._client = client_of(url, self._returned, self._troubled)
+        self._client = client_of(url, self._returned, self._troubled, key_prefix=key_prefix)
         if isinstance(self._client, RedisCluster):
             # The original's engines, which know no clusters, don't listen; each node would.
             self._settings = self._settings._replace(serves_others=False)
         self._changes = RemoteChanges(
             self._client,
+            self._keys,
             tell=remote_changes or _nobody,
             tell_foreign=foreign or _nobody_is_told,
             tell_lost=lost or _nobody_cares,
@@ -149,13 +154,13 @@ class RedisStorage:
             StorageError: they could not be read.
         """
         await self._find_others()
-        return await self._names(redis_keys.STREAMS_KEY)
+        return await self._names(self._keys.streams)
 
     async def groups(self, stream: str) -> list[str]:
         await self._find_others()
         group_ids = [
             group_id
-            for group_id in await self._names(redis_keys.groups_key(stream))
+            for group_id in await self._names(self._keys.groups_key(stream))
             if shard_of(Group(stream, group_id), self._shards) == self._shard
         ]
         found: list[str] = []
@@ -168,7 +173,8 @@ class RedisStorage:
         for index, operation in enumerate(operations):
             turn = turns.get(operation.group_id)
             if turn is None:
-                turn = Turn(Group(stream, operation.group_id), self._settings)
+                group = Group(stream, operation.group_id)
+                turn = Turn(group, self._keys.group_keys(group), self._settings)
                 turn.known = self._changes.known(turn.key)
                 turns[operation.group_id] = turn
             turn.add(index, operation)
@@ -201,7 +207,7 @@ class RedisStorage:
         publish = "SPUBLISH" if is_sharded else "PUBLISH"
         head = self._settings.asked(now_ms, new_epoch(), publish)
         replies = await self._client.call(
-            _script(), [call.arguments(head) for call in calls], _index_commands(new)
+            _script(), [call.arguments(head) for call in calls], self._index_commands(new)
         )
         began: list[Group] = []
         conflicts = 0
@@ -266,7 +272,7 @@ class RedisStorage:
         """Enter groups that began although they seemed to be there."""
         if groups:
             try:
-                await self._client.run(_index_commands(groups))
+                await self._client.run(self._index_commands(groups))
             except StorageError:
                 return  # they are found by their keys
             self._note_indexed(groups)
@@ -290,12 +296,12 @@ class RedisStorage:
         if isinstance(members, ResponseError):
             raise self._client.refused(members)
         texts = [member.decode(errors="replace") for member in members]
-        return [name for text in texts if (name := redis_keys.decoded(text)) is not None]
+        return [name for text in texts if (name := decoded(text)) is not None]
 
     async def _with_items(self, stream: str, group_ids: list[str]) -> list[str]:
         """Those of the groups that have items; others are taken out of the index."""
         groups = [Group(stream, group_id) for group_id in group_ids]
-        counts = await self._client.run([("HLEN", redis_keys.data_key(g)) for g in groups])
+        counts = await self._client.run([("HLEN", self._keys.data_key(g)) for g in groups])
         gone = [group for group, count in zip(groups, counts, strict=True) if count == 0]
         if gone:
             await self._take_out(stream, gone)
@@ -307,20 +313,33 @@ class RedisStorage:
 
     async def _take_out(self, stream: str, groups: list[Group]) -> None:
         """Take groups out of the index, and the stream if it has no more."""
-        index = redis_keys.groups_key(stream)
-        names = [redis_keys.encoded(group.group_id) for group in groups]
-        checks = [("HLEN", redis_keys.data_key(group)) for group in groups]
+        index = self._keys.groups_key(stream)
+        names = [encoded(group.group_id) for group in groups]
+        checks = [("HLEN", self._keys.data_key(group)) for group in groups]
         await self._client.run([("SREM", index, *names)])
         *counts, left = await self._client.run([*checks, ("SCARD", index)])
         # Begun by others meanwhile, who may have entered them before they were taken out.
         came = [group for group, count in zip(groups, counts, strict=True) if count != 0]
-        await self._client.run(_index_commands(came))
+        await self._client.run(self._index_commands(came))
         if left == 0 and not came:
-            encoded = redis_keys.encoded(stream)
-            await self._client.run([("SREM", redis_keys.STREAMS_KEY, encoded)])
+            name = encoded(stream)
+            await self._client.run([("SREM", self._keys.streams, name)])
             (now,) = await self._client.run([("SCARD", index)])
             if now != 0:
-                await self._client.run([("SADD", redis_keys.STREAMS_KEY, encoded)])
+                await self._client.run([("SADD", self._keys.streams, name)])
+
+    def _index_commands(self, groups: Iterable[Group]) -> list[Command]:
+        """Enter `groups` in the index."""
+        streams: dict[str, list[str]] = {}
+        for group in groups:
+            streams.setdefault(group.stream, []).append(encoded(group.group_id))
+        commands: list[Command] = [
+            ("SADD", self._keys.groups_key(stream), *names) for stream, names in streams.items()
+        ]
+        if streams:
+            names = [encoded(stream) for stream in streams]
+            commands.append(("SADD", self._keys.streams, *names))
+        return commands
 
     async def _find_others(self) -> None:
         """Enter the groups that other programs made, unless that was done just now."""
@@ -342,29 +361,15 @@ class RedisStorage:
         steps = 0
         while True:
             steps += 1
-            command = ("SCAN", cursor, "MATCH", redis_keys.DATA_PATTERN, "COUNT", SCAN_COUNT)
+            command = ("SCAN", cursor, "MATCH", self._keys.data_pattern, "COUNT", SCAN_COUNT)
             (reply,) = await server.run([command])
             if isinstance(reply, ResponseError):
                 raise self._client.refused(reply)
             cursor, keys = reply
-            groups = [redis_keys.group_of_data_key(key) for key in keys]
-            await self._client.run(_index_commands(g for g in groups if g is not None))
+            groups = [self._keys.group_of_data_key(key) for key in keys]
+            await self._client.run(self._index_commands(g for g in groups if g is not None))
             if int(cursor) == 0:
                 return steps
-
-
-def _index_commands(groups: Iterable[Group]) -> list[Command]:
-    """Enter `groups` in the index."""
-    streams: dict[str, list[str]] = {}
-    for group in groups:
-        streams.setdefault(group.stream, []).append(redis_keys.encoded(group.group_id))
-    commands: list[Command] = [
-        ("SADD", redis_keys.groups_key(stream), *names) for stream, names in streams.items()
-    ]
-    if streams:
-        names = [redis_keys.encoded(stream) for stream in streams]
-        commands.append(("SADD", redis_keys.STREAMS_KEY, *names))
-    return commands
 
 
 def _contended(group: Group) -> StorageError:

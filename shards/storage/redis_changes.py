@@ -14,6 +14,7 @@ seen go on from where they were; of others what is newer than the subscription i
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -30,8 +31,8 @@ from broker.redis_client import RedisClient
 from broker.redis_cluster import RedisCluster
 from broker.tasks import Tasks
 from shards.group import Change
-from shards.storage import redis_keys
-from shards.storage.redis_foreign import CHANNEL_PATTERN, Foreign, foreign_of
+from shards.storage.redis_foreign import Foreign, foreign_of
+from shards.storage.redis_keys import RedisKeys, decoded
 from shards.storage.redis_sharded import ShardedSubscriptions
 from shards.storage.redis_turn import change_of
 
@@ -107,6 +108,7 @@ class RemoteChanges:
     def __init__(
         self,
         client: RedisClient | RedisCluster,
+        keys: RedisKeys,
         *,
         tell: RemoteChange,
         tell_foreign: Callable[[Foreign], None],
@@ -115,6 +117,10 @@ class RemoteChanges:
         owns: Callable[[Group], bool],
     ) -> None:
         self._client = client
+        self._keys = keys
+        self._events = keys.events.encode()
+        self._echo_channel = keys.echo_channel(secrets.token_hex(8))
+        self._echo = self._echo_channel.encode()
         self._tell = tell
         self._tell_foreign = tell_foreign
         self._tell_lost = tell_lost
@@ -160,7 +166,7 @@ class RemoteChanges:
 
     def interest(self, group: Group, wanted: bool) -> None:
         """Tell the changes of `group` from its last known position on, or stop it."""
-        channel = redis_keys.group_keys(group).channel
+        channel = self._keys.group_keys(group).channel
         if wanted == (channel.encode() in self._channels):
             return
         watched = self._watched.get(group)
@@ -182,7 +188,7 @@ class RemoteChanges:
         if self._sharded is None:
             self._wish(channel, wanted)
         elif wanted:
-            self._sharded.want(channel, redis_keys.group_keys(group).slot)
+            self._sharded.want(channel, self._keys.group_keys(group).slot)
         else:
             self._sharded.drop(channel)
 
@@ -190,7 +196,7 @@ class RemoteChanges:
         """Tell the changes of all groups of `stream` that are ours from now on, or stop it."""
         if wanted == (stream in self._streams):
             return
-        channel = redis_keys.stream_channel(stream)
+        channel = self._keys.stream_channel(stream)
         if wanted:
             self._streams[stream] = _Stream()
             self._stream_channels[channel.encode()] = stream
@@ -211,7 +217,7 @@ class RemoteChanges:
         if self._sharded is None and self._cluster is not None and self._cluster.is_sharded:
             self._sharded = ShardedSubscriptions(self._cluster, self._message)
             for group in self._channels.values():
-                keys = redis_keys.group_keys(group)
+                keys = self._keys.group_keys(group)
                 self._wishes[keys.channel] = False
                 self._sharded.want(keys.channel, keys.slot)
             self._send_soon()
@@ -290,7 +296,7 @@ class RemoteChanges:
         first = min(own, default=seq + 1)
         if stream is not None and stream.since_ms is not None:
             is_doubtful = stream.is_in_doubt or watched.is_doubtful
-            if is_doubtful or not await self._heard_before(watched, epoch, own):
+            if is_doubtful or not await self._heard_before(group, watched, epoch, own):
                 with suppress(StorageError):
                     await self._find_new([group])
                 if watched.is_known and watched.epoch == epoch:
@@ -356,7 +362,7 @@ class RemoteChanges:
 
     async def _heal_page(self, groups: list[Group]) -> None:
         heads = await self._client.run(
-            [("HMGET", redis_keys.group_keys(group).head, "epoch", "seq") for group in groups]
+            [("HMGET", self._keys.group_keys(group).head, "epoch", "seq") for group in groups]
         )
         for group, head in zip(groups, heads, strict=True):
             watched = self._watched.get(group)
@@ -389,7 +395,7 @@ class RemoteChanges:
 
     async def _read(self, group: Group, since: int, seq: int) -> dict[int, Change]:
         """The changes after `since`, which are up to `seq` at least, that are kept; by number."""
-        key = redis_keys.group_keys(group).history
+        key = self._keys.group_keys(group).history
         count = seq - since + READ_MORE
         while True:
             try:
@@ -411,9 +417,9 @@ class RemoteChanges:
                 self._heal_soon(group)
         while self._streams.get(name) is stream and not self._closed:
             try:
-                (members,) = await self._client.run([("SMEMBERS", redis_keys.groups_key(name))])
+                (members,) = await self._client.run([("SMEMBERS", self._keys.groups_key(name))])
                 texts = [] if isinstance(members, ResponseError) else members
-                names = [redis_keys.decoded(text.decode(errors="replace")) for text in texts]
+                names = [decoded(text.decode(errors="replace")) for text in texts]
                 groups = [Group(name, group_id) for group_id in names if group_id is not None]
                 unseen = [g for g in groups if g not in self._watched and self._owns(g)]
                 for start in range(0, len(unseen), PAGE):
@@ -431,7 +437,7 @@ class RemoteChanges:
         Raises:
             StorageError: Redis is away.
         """
-        keys = [redis_keys.group_keys(group) for group in groups]
+        keys = [self._keys.group_keys(group) for group in groups]
         heads = await self._client.run([("HMGET", k.head, "epoch", "seq", "time") for k in keys])
         for group, head in zip(groups, heads, strict=True):
             stream = self._streams.get(group.stream)
@@ -460,12 +466,15 @@ class RemoteChanges:
             if not watched.busy:
                 self._heal_soon(group)
 
-    async def _heard_before(self, watched: _Watched, epoch: str, own: set[int]) -> bool:
+    async def _heard_before(
+        self, group: Group, watched: _Watched, epoch: str, own: set[int]
+    ) -> bool:
         """Return when all has arrived that others changed before the changes `own`; False when
         nobody can say. Our own come the same way, right behind it; where there are none, what
-        comes before the answer to a ping will do."""
-        if not own:
-            return await self._barrier()
+        comes before the answer to a ping will do. In a cluster our own may have come from their
+        node by sharded pub/sub, which is another way."""
+        if not own or self._cluster is not None:
+            return await self._barrier(group)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(BARRIER_S_MAX):
@@ -478,19 +487,28 @@ class RemoteChanges:
             watched.awaited = None
         return True
 
-    async def _barrier(self) -> bool:
-        """Return when all that Redis told before has arrived; False when nobody can say."""
+    async def _barrier(self, group: Group) -> bool:
+        """Return when all that Redis told of `group` before has arrived; False when nobody can
+        say."""
         pubsub = self._pubsub
         if pubsub is None:
             return False
+        node: RedisClient | None = None
+        if self._cluster is not None:
+            node = self._cluster.server_of(self._keys.group_keys(group).slot)
+            if node is None:
+                return False
         self._pings += 1
         name = b"%d" % self._pings
         pong = self._pongs[name] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(BARRIER_S_MAX):
-                await pubsub.ping(name)
+                if node is None:
+                    await pubsub.ping(name)
+                else:  # by the node that tells of the group: nodes tell one another in order
+                    await node.run([("PUBLISH", self._echo_channel, name)])
                 await pong
-        except (RedisError, OSError, TimeoutError, AttributeError):
+        except (RedisError, OSError, TimeoutError, AttributeError, StorageError):
             # AttributeError: from the library, whose reader loses the connection this moment.
             return False
         finally:
@@ -511,9 +529,11 @@ class RemoteChanges:
                 self._wishes.clear()
                 # The first is told nothing on: the connection has to be there before it is needed.
                 channels = self._channels if self._sharded is None else ()
-                await pubsub.subscribe(redis_keys.STREAMS_KEY, *channels, *self._stream_channels)
-                if self._hears_others:
-                    await pubsub.psubscribe(CHANNEL_PATTERN)
+                if self._cluster is not None:
+                    channels = (self._echo_channel, *channels)
+                await pubsub.subscribe(self._keys.streams, *channels, *self._stream_channels)
+                if self._hears_others:  # both at once: the script compares how many there are
+                    await pubsub.subscribe(self._keys.events, self._keys.listeners)
                 self._pubsub = pubsub
                 self._send_soon()
                 await self._receive(pubsub)
@@ -544,12 +564,12 @@ class RemoteChanges:
 
     def _message(self, message: dict[str, Any]) -> None:
         channel = message["channel"] or b""
-        if message["type"] == "pmessage":
+        if message["type"] == "message" and channel == self._events:
             foreign = foreign_of(message["data"], FOREIGN_BYTES_MAX)
             if foreign is not None and Group(foreign.stream, foreign.group_id) in self._watched:
                 self._tell_foreign(foreign)
             return
-        if message["type"] == "pong":
+        if message["type"] == "pong" or channel == self._echo:
             pong = self._pongs.get(message["data"])
             if pong is not None and not pong.done():
                 pong.set_result(None)
@@ -582,10 +602,10 @@ class RemoteChanges:
         elif message["type"] == "message":
             try:
                 epoch, seq, group_id, envelopes = message["data"].split(b":", 3)
-                decoded = redis_keys.decoded(group_id.decode())
-                if decoded is None:
+                plain_id = decoded(group_id.decode())
+                if plain_id is None:
                     return
-                group = Group(name, decoded)
+                group = Group(name, plain_id)
                 watched = self._watched.get(group)
                 if (
                     watched is not None

@@ -12,10 +12,6 @@ import msgspec
 from broker.json_text import is_deeper_than
 from broker.names import NAME_BYTES_MAX
 
-CHANNEL_PATTERN = "stream::event[s]"
-"""Matches the channel alone. Brokers hear it by a pattern, so that a look at who is subscribed by
-its name tells them whether somebody else is."""
-
 
 class Foreign(msgspec.Struct, frozen=True):
     """A message for the subscribers of a group, or of one of its items.

@@ -3,27 +3,22 @@
 Items lie where the original engine keeps them (protocol section 10.1). What belongs to a group
 besides has another prefix and a hash tag that puts it into the slot of the group's items, so that
 one script touches one slot of a Redis Cluster.
+
+All of it begins with the key prefix of the configuration, if there is one: names that each end with
+a colon, none of which is `stream` or `broker` (`broker.config`). So no key under one prefix is one
+under another, nor matches a pattern of its keys, also where one prefix begins the other.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from broker.names import Group
 from broker.redis_slots import slot_of, tag_of
 from shards.group import names_text
-
-DATA_PREFIX = "stream:"
-DATA_PATTERN = "stream:*"
-"""Matches the keys of all groups' items, whatever their names are."""
-EVENTS_CHANNEL = "stream::events"
-"""Where the original engines tell, and are told of, every change."""
-HEAD_PATTERN = "broker:{*}:head:*"
-"""Matches the keys of all groups' heads."""
-STREAMS_KEY = "broker:streams"
-"""A set: encoded names of streams that may have groups."""
 
 KEYS_CACHED = 16384
 """Groups whose keys are kept made, about 1 KiB each with names of usual length."""
@@ -63,47 +58,81 @@ def decoded(text: str) -> str | None:
     return text.replace("%3A", ":").replace("%25", "%")
 
 
-def data_key(group: Group) -> str:
-    """The key of the group's items."""
-    return f"{DATA_PREFIX}{encoded(group.stream)}:{encoded(group.group_id)}"
+class RedisKeys:
+    """The names under one key prefix.
+
+    Attributes:
+        group_keys: all keys of a group, in one slot; those of the last ones are kept made.
+        events: channel where the original engines tell, and are told of, every change.
+        listeners: channel, on which nothing is told; all brokers that listen on `events` listen
+            there too, so that how many there are tells whether somebody else does.
+        data_pattern: matches the keys of all groups' items, whatever their names are.
+        head_pattern: matches the keys of all groups' heads.
+        own_pattern: matches all that is not the groups' items.
+        streams: a set: encoded names of streams that may have groups.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self._data = f"{prefix}stream:"
+        self._data_bytes = self._data.encode()
+        self._own = f"{prefix}broker:"
+        self.events = f"{prefix}stream::events"
+        self.listeners = f"{self._own}listeners"
+        self.data_pattern = f"{self._data}*"
+        self.head_pattern = f"{self._own}{{*}}:head:*"
+        self.own_pattern = f"{self._own}*"
+        self.streams = f"{self._own}streams"
+        self.group_keys: Callable[[Group], GroupKeys] = lru_cache(maxsize=KEYS_CACHED)(
+            self._group_keys
+        )
+
+    def data_key(self, group: Group) -> str:
+        """The key of the group's items."""
+        return f"{self._data}{encoded(group.stream)}:{encoded(group.group_id)}"
+
+    def group_of_data_key(self, key: bytes) -> Group | None:
+        """The inverse of `data_key`; None for keys that are no group's."""
+        if not key.startswith(self._data_bytes):
+            return None
+        return _group_of_names(key[len(self._data_bytes) :])
+
+    def group_of_head_key(self, key: bytes) -> Group | None:
+        """The group of a head; None for keys that are none."""
+        _, is_one, names = key.partition(b"}:head:")
+        return _group_of_names(names) if is_one else None
+
+    def groups_key(self, stream: str) -> str:
+        """Of a set: encoded ids of the stream's groups that may have items."""
+        return f"{self._own}groups:{encoded(stream)}"
+
+    def stream_channel(self, stream: str) -> str:
+        """Where the changes of all groups of a stream are told, for those with triggers on it."""
+        return f"{self._own}changes:{encoded(stream)}"
+
+    def echo_channel(self, listener: str) -> str:
+        """Where a listener says something to itself, to hear it behind what others said before."""
+        return f"{self._own}echo:{listener}"
+
+    def _group_keys(self, group: Group) -> GroupKeys:
+        data = self.data_key(group)
+        slot = slot_of(data)
+        tag = tag_of(slot)
+        names = data[len(self._data) :]
+        head, order, history, channel = (
+            f"{self._own}{{{tag}}}:{kind}:{names}"
+            for kind in ("head", "order", "history", "changes")
+        )
+        return GroupKeys(data, head, order, history, channel, names_text(*group), slot)
 
 
-def group_of_data_key(key: bytes) -> Group | None:
-    """The inverse of `data_key`; None for keys that are no group's."""
+def _group_of_names(text: bytes) -> Group | None:
+    """The group that the end of a key names."""
     try:
-        names = key.decode().removeprefix(DATA_PREFIX).split(":")
+        names = text.decode().split(":")
     except UnicodeDecodeError:
         return None
-    if len(names) != 2 or not key.startswith(DATA_PREFIX.encode()):
+    if len(names) != 2:
         return None
     stream, group_id = decoded(names[0]), decoded(names[1])
     return None if stream is None or group_id is None else Group(stream, group_id)
-
-
-def group_of_head_key(key: bytes) -> Group | None:
-    """The group of a head; None for keys that are none."""
-    _, is_one, names = key.partition(b"}:head:")
-    return group_of_data_key(DATA_PREFIX.encode() + names) if is_one else None
-
-
-def groups_key(stream: str) -> str:
-    """Of a set: encoded ids of the stream's groups that may have items."""
-    return f"broker:groups:{encoded(stream)}"
-
-
-def stream_channel(stream: str) -> str:
-    """Where the changes of all groups of a stream are told, for those with triggers on it."""
-    return f"broker:changes:{encoded(stream)}"
-
-
-@lru_cache(maxsize=KEYS_CACHED)
-def group_keys(group: Group) -> GroupKeys:
-    """All keys of `group`, in one slot."""
-    data = data_key(group)
-    slot = slot_of(data)
-    tag = tag_of(slot)
-    names = data.removeprefix(DATA_PREFIX)
-    head, order, history, channel = (
-        f"broker:{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history", "changes")
-    )
-    return GroupKeys(data, head, order, history, channel, names_text(*group), slot)

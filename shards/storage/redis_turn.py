@@ -27,8 +27,8 @@ from shards.group import (
     attempt,
 )
 from shards.history import History, HistoryLimits
-from shards.storage import redis_keys
 from shards.storage.base import Settled
+from shards.storage.redis_keys import GroupKeys
 
 CALL_BYTES_MAX = 8 * 1024 * 1024
 """Bytes that are given to one call of the script, or those of one operation if it has more."""
@@ -104,6 +104,7 @@ class Settings(NamedTuple):
 
     history: HistoryLimits
     response_bytes_max: int
+    key_prefix: str = ""
     serves_others: bool = True
     """Whether changes are told on the original's channel too, when somebody listens there."""
 
@@ -119,7 +120,8 @@ class Settings(NamedTuple):
         idle_ms_max = max(EMPTY_GROUP_MS_MIN, age_ms_max)
         return [
             *(now_ms, limits.events_max, age_ms_max, limits.group_bytes_max),
-            *(self.response_bytes_max, idle_ms_max, epoch, publish, int(self.serves_others)),
+            *(self.response_bytes_max, idle_ms_max, epoch, publish, self.key_prefix),
+            int(self.serves_others),
         ]
 
 
@@ -194,9 +196,9 @@ class Turn:
         conflicts: replies that said that an item had been changed meanwhile.
     """
 
-    def __init__(self, group: Group, settings: Settings) -> None:
+    def __init__(self, group: Group, keys: GroupKeys, settings: Settings) -> None:
         self.key = group
-        self.keys = redis_keys.group_keys(group)
+        self.keys = keys
         self.group = GroupState(group.stream, group.group_id, Head(""), self.keys.names)
         self.waiting: deque[tuple[int, Operation]] = deque()
         self.settled: dict[int, Settled] = {}

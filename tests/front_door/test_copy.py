@@ -163,6 +163,67 @@ def test_what_is_refused(server: RedisServer, tmp_path: Path) -> None:
     assert (code, "can't be reached" in errors) == (1, True), errors
 
 
+def test_between_prefixes_of_one_redis(run: Run, server: RedisServer, tmp_path: Path) -> None:
+    """What has another prefix is neither read, nor counted, nor deleted, nor in the way."""
+    bystander, first, second = "", "a:", "a:b:"
+    paths = {
+        prefix: written(tmp_path / f"{n}.yaml", config(server.url, prefix))
+        for n, prefix in enumerate((bystander, first, second))
+    }
+
+    def keys(*prefixes: str) -> dict[str, bytes | None]:
+        """All that is kept under a prefix, and under none that is longer."""
+
+        def owner(key: str) -> str:
+            return max((one for one in paths if key.startswith(one)), key=len)
+
+        found = server.client.scan_iter()
+        return {key: server.client.type(key) for key in found if owner(key) in prefixes}
+
+    with Broker(config(server.url, first)) as broker:
+        run(fill_exactly(broker))
+        before = run(contents(broker))
+    with Broker(config(server.url)) as broker:  # also goes on meanwhile
+
+        async def write(data: Any) -> None:
+            async with await Worker.open(broker.worker_url) as worker:
+                await result_of(worker, "stream::set", item("s", "g", "i", data=data))
+                everything = await result_of(worker, "stream::list_all", {})
+                assert everything["count"] == 1
+
+        run(write(1))
+        code, _, errors = done("copy", "--from", paths[first], "--to", paths[bystander])
+        assert (code, "in use by a broker" in errors) == (2, True), errors
+        others = keys(bystander).keys() - {"broker:probe"}
+        source = keys(first)
+        assert others >= {"stream:s:g", "broker:streams", "broker:gateways"}
+        server.client.set("a:broker:copying", "as if one had been killed")
+        code, _, errors = done("copy", "--from", paths[first], "--to", paths[second])
+        assert (code, "not finished" in errors) == (2, True), errors
+        server.client.delete("a:broker:copying")
+        code, _, errors = done("copy", "--from", paths[first], "--to", paths[second])
+        assert code == 0, errors
+        code, _, errors = done("copy", "--from", paths[first], "--to", paths[second])
+        assert (code, "prefix 'a:b:' holds data already" in errors) == (2, True), errors
+        server.client.hset("a:b:stream:gone:g", "i", "1")
+        code, _, errors = done("copy", "--from", paths[first], "--to", paths[second], "--replace")
+        assert code == 0, errors
+        assert server.client.exists("a:b:stream:gone:g") == 0
+        assert keys(first) == source
+        assert keys(bystander).keys() >= others
+        run(write(2))
+    with Broker(config(server.url, second)) as broker:
+        assert run(contents(broker)) == before
+    with Broker(config(server.url)) as broker:
+        run(write(3))
+    # And away again, from under the others.
+    code, _, errors = done("copy", "--from", paths[bystander], "--to", paths[first], "--replace")
+    assert code == 0, errors
+    assert {key for key in keys(first) if ":stream:" in key} == {"a:stream:s:g"}
+    with Broker(config(server.url, second)) as broker:
+        assert run(contents(broker)) == before
+
+
 def test_killed_at_any_moment(run: Run, server: RedisServer, tmp_path: Path) -> None:
     """The source stays as it is, no broker serves what is half there, the next run does it all."""
     kv = written(tmp_path / "kv.yaml", kv_config(tmp_path / "data"))

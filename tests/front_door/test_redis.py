@@ -25,12 +25,13 @@ FAST_S = 8.0
 """Within which a call fails while Redis does not answer: twice the 3 s of one attempt, and room."""
 
 
-def config(url: str) -> str:
+def config(url: str, key_prefix: str = "") -> str:
+    prefix = f', key_prefix: "{key_prefix}"' if key_prefix else ""
     return f"""\
 workers:
   - name: iii-stream
     config:
-      adapter: {{name: redis, config: {{redis_url: "{url}"}}}}
+      adapter: {{name: redis, config: {{redis_url: "{url}"{prefix}}}}}
 """
 
 

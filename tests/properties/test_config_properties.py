@@ -25,7 +25,7 @@ scalars = st.one_of(
 )
 KEYS = """
     modules workers broker class name config adapter port host auth_function store_method
-    file_path redis_url shards run_dir worker metrics limits name_bytes_max
+    file_path redis_url key_prefix shards run_dir worker metrics limits name_bytes_max
 """
 keys = st.sampled_from(KEYS.split()) | st.text(max_size=5)
 values = st.recursive(

@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from broker.errors import StorageError
 from broker.names import Group
+from broker.redis_slots import probe_key, slot_of
 from shards.group import Done, Operation
-from shards.storage import redis_keys
+from shards.storage.redis_keys import RedisKeys
 from tests.storage.test_redis_changes import Member, members
-from tests.storage.test_storages import INCREMENT, asynchronous, get, put, update
+from tests.storage.test_storages import INCREMENT, asynchronous, get, join, put, update
+from tests.support.held_bus import HeldBus
 from tests.support.redis_cluster import RedisClusterServers, until
+from tests.support.redis_server import RedisServer
 
 GROUPS = [f"g{n}" for n in range(12)]
 
 
 def key_of(group_id: str) -> str:
-    return redis_keys.data_key(Group("s", group_id))
+    return RedisKeys().data_key(Group("s", group_id))
 
 
 async def settled(member: Member, operation: Operation) -> Any:
@@ -37,11 +42,42 @@ async def test_members_hear_each_other(redis_cluster: RedisClusterServers) -> No
                 await member.until(lambda m=member, g=group: len(m.seqs(g)) == 6)
                 assert member.seqs(group) == [1, 2, 3, 4, 5, 6]
         for group in GROUPS:  # by sharded pub/sub, which goes to no other node
-            channel = redis_keys.group_keys(Group("s", group)).channel
+            channel = RedisKeys().group_keys(Group("s", group)).channel
             for node in redis_cluster.nodes:
                 ((_, heard),) = node.client.pubsub_shardnumsub(channel)
                 assert heard == (3 if node is redis_cluster.node_of(key_of(group)) else 0)
                 assert node.client.pubsub_numsub(channel) == [(channel, 0)]
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+@asynchronous
+async def test_what_came_before_the_first_touch_is_told(
+    redis_cluster: RedisClusterServers, is_changed: bool
+) -> None:
+    """Of a group of a stream that triggers want, also when the node that has the group is slow to
+    tell the one that is listened on."""
+    async with members(redis_cluster) as (writer, hearer):
+        hearer.storage.interest_stream("s", True)
+        channel = RedisKeys().stream_channel("s")
+
+        def listened() -> list[RedisServer]:
+            return [n for n in redis_cluster.nodes if n.client.pubsub_numsub(channel)[0][1]]
+
+        await hearer.until(lambda: len(listened()) == 1)
+        (near,) = listened()
+        far = [group for group in GROUPS if redis_cluster.node_of(key_of(group)) is not near]
+        async with HeldBus(redis_cluster, near) as bus:
+            for group in far[:4]:
+                bus.is_open.clear()
+                await writer.perform(put("i", 1, group))
+                touch = put("i", 2, group) if is_changed else join(group=group)
+                touched = asyncio.create_task(hearer.perform(touch))
+                await asyncio.sleep(0.05)
+                bus.is_open.set()
+                await touched
+                count = 1 + is_changed
+                await hearer.until(lambda g=group, n=count: len(hearer.seqs(g)) >= n)
+                assert hearer.seqs(group) == list(range(1, count + 1))
 
 
 @asynchronous
@@ -104,7 +140,11 @@ async def test_failover() -> None:
                 await one.perform(put("i", 1, group))
             lost = servers.node_of(key_of("g0"))
             concerned = [g for g in GROUPS if servers.node_of(key_of(g)) is lost]
-            lost.client.execute_command("WAIT", 1, 2000)
+            # Waits for what the same connection wrote, and so for all before.
+            written = lost.client.pipeline(transaction=False)
+            written.set(probe_key("", slot_of(key_of("g0"))), "")
+            written.execute_command("WAIT", 1, 10_000)
+            assert written.execute()[-1] == 1
             assert lost.process is not None
             lost.process.kill()
             lost.process.wait()

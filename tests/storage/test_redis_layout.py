@@ -86,13 +86,15 @@ async def test_keys(redis_server: RedisServer) -> None:
         assert client.ttl(head) == -1
 
 
+@pytest.mark.parametrize("prefix", ["", "team:chat:"])
 @asynchronous
-async def test_a_cluster_keeps_each_group_in_one_slot() -> None:
+async def test_a_cluster_keeps_each_group_in_one_slot(prefix: str) -> None:
     with RedisServer("--cluster-enabled", "yes") as server:
         server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         while "cluster_state:ok" not in str(server.client.execute_command("CLUSTER", "INFO")):
             pass
-        async with storage_on(server, url=server.url.replace("redis", "redis+cluster")) as storage:
+        url = server.url.replace("redis", "redis+cluster")
+        async with storage_on(server, url=url, key_prefix=prefix) as storage:
             for stream in ("a{b}c", "{x}", "}{", "", "{", "s"):
                 for group in ("g", "{y}", "}", ""):
                     found = await perform(

@@ -29,7 +29,8 @@ TINY = 1024
 """Of a cache, the least that can be configured: no group is kept whole."""
 
 FILES = ["sqlite", "sqlite tiny cache", "sqlite short journal"]
-REDIS = ["redis", "redis cluster"]
+REDIS = ["redis", "redis cluster", "redis with a prefix", "redis cluster with a prefix"]
+PREFIX = "team:chat:"
 DURABLE = [*FILES, *REDIS]
 KINDS = ["memory", *DURABLE]
 
@@ -60,7 +61,13 @@ class Storages:
         if self.kind == "memory":
             storage = MemoryStorage(self.clock, response_bytes_max, self.history)
         elif self.kind in REDIS:
-            storage = RedisStorage(self.redis_url, self.clock, response_bytes_max, self.history)
+            storage = RedisStorage(
+                self.redis_url,
+                self.clock,
+                response_bytes_max,
+                self.history,
+                key_prefix=PREFIX if "prefix" in self.kind else "",
+            )
         else:
             cache_bytes = TINY if "tiny" in self.kind else CACHE_BYTES
             storage = SqliteStorage(
@@ -91,7 +98,8 @@ def storages_of(request: pytest.FixtureRequest, tmp_path: Path) -> Storages:
     """Storages of the kind that the fixture is asked for."""
     if "short journal" in request.param:
         request.getfixturevalue("monkeypatch").setattr(pending, "CHANGES_MAX", 3)
-    server = {"redis": "redis_server", "redis cluster": "redis_cluster"}.get(request.param)
+    kind = request.param.removesuffix(" with a prefix")
+    server = {"redis": "redis_server", "redis cluster": "redis_cluster"}.get(kind)
     url = request.getfixturevalue(server).url if server else ""
     return Storages(request.param, tmp_path / "shard-0", url)
 

@@ -133,14 +133,29 @@ class TwoGateways(Pair):
 
 
 class TwoBrokers(Pair):
-    """On one redis-server, `server`, which is the tests' own; with `gateways` each."""
+    """On one redis-server, `server`, which is the tests' own; with `gateways` each.
 
-    def __init__(self, more: str = "", stream: str = "", gateways: int = 1) -> None:
+    Args:
+        shared: another pair, whose server is used.
+        key_prefix: of the adapter.
+    """
+
+    def __init__(
+        self,
+        more: str = "",
+        stream: str = "",
+        gateways: int = 1,
+        *,
+        shared: TwoBrokers | None = None,
+        key_prefix: str = "",
+    ) -> None:
         super().__init__(more, stream)
-        self.server = RedisServer()
+        self._is_shared = shared is not None
+        self.server = shared.server if shared is not None else RedisServer()
+        prefix = f', key_prefix: "{key_prefix}"' if key_prefix else ""
         config = (
             "workers:\n  - name: iii-stream\n    config:\n      adapter: {name: redis, config:"
-            f" {{redis_url: {self.server.url}}}}}\n"
+            f' {{redis_url: "{self.server.url}"{prefix}}}}}\n'
             + _lines(stream)
             + f"broker: {{gateways: {gateways}{more and ', ' + more}}}\n"
         )
@@ -167,7 +182,8 @@ class TwoBrokers(Pair):
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
-        self.server.close()
+        if not self._is_shared:
+            self.server.close()
 
 
 def _lines(stream: str) -> str:

@@ -4,10 +4,10 @@
 -- KEYS: of each group its data, head, order and history.
 -- ARGV: the wall clock in ms; the history's limits (events, ms, bytes); the bytes of values that one
 -- answer may hold; ms after which an empty group is forgotten; an epoch for groups that have none;
--- the command that tells other brokers; 1 if the original's channel is served; then for each group
--- its names as JSON members, the channel of its changes, an epoch and the last number in it that was
--- told ('' and 0 if none is known), how many operations, how many arguments these have, and they,
--- each as its name and its own arguments.
+-- the command that tells other brokers; what the names of channels begin with; 1 if the original's
+-- channel is served; then for each group its names as JSON members, the channel of its changes, an
+-- epoch and the last number in it that was told ('' and 0 if none is known), how many operations,
+-- how many arguments these have, and they, each as its name and its own arguments.
 --
 -- Returns a text and values, few and large, as clients spend their time on each. The text has for
 -- each group: 0, 1 if it began, and for each operation that was performed 0, done; 1, there is
@@ -26,11 +26,11 @@ local function take_number()
 end
 local now, events_max, age_ms_max = take_number(), take_number(), take_number()
 local bytes_max, answer_bytes_max, idle_ms = take_number(), take_number(), take_number()
-local new_epoch, publish, serves_others = take(), take(), take() == '1'
+local new_epoch, publish, prefix, serves_others = take(), take(), take(), take() == '1'
 local numbers, answer = {}, { '' }
 
-local EVENTS = 'stream::events'
-local PATTERNS_OF_OURS = 1 -- with which brokers hear what others say there
+local EVENTS = prefix .. 'stream::events'
+local LISTENERS = prefix .. 'broker:listeners' -- all brokers that hear what others say there
 local NUMBERED_MAX = 100000 -- items of other writers that get a place at the first touch
 local AT_ONCE = 1000 -- arguments of one command
 local ENVELOPE_MIN = 100 -- bytes that an envelope has at least beside its data
@@ -173,8 +173,7 @@ local function tell_brokers()
         local envelopes = table.concat(told, SEPARATOR)
         redis.pcall(publish, channel, epoch .. ' ' .. envelopes)
         -- For those with triggers on the stream. Names in a channel have no colon.
-        local prefix, stream, group = string.match(channel,
-            '^(.*)broker:{[^}]*}:changes:([^:]*):([^:]*)$')
+        local stream, group = string.match(channel, ':([^:]*):([^:]*)$')
         redis.pcall('PUBLISH', prefix .. 'broker:changes:' .. stream,
             epoch .. ':' .. text_of(seq) .. ':' .. group .. ':' .. envelopes)
         told, told_bytes = {}, 0
@@ -185,10 +184,10 @@ local has_listeners
 -- Whether somebody besides brokers may listen on the original's channel.
 local function others_listen()
     if has_listeners == nil then
-        local channels = redis.pcall('PUBSUB', 'NUMSUB', EVENTS)
+        local channels = redis.pcall('PUBSUB', 'NUMSUB', EVENTS, LISTENERS)
         local patterns = redis.pcall('PUBSUB', 'NUMPAT')
         has_listeners = failed(channels) or failed(patterns)
-            or channels[2] > 0 or patterns > PATTERNS_OF_OURS
+            or channels[2] > channels[4] or patterns > 0
     end
     return has_listeners
 end

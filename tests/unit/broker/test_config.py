@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def test_placeholders(tmp_path: Path) -> None:
         (adapter("{store_metod: in_memory}"), "modules[0].config.adapter.config.store_metod"),
         (adapter("{file_path: 5}"), "modules[0].config.adapter.config.file_path"),
         (adapter("{redis_url: 'http://x'}", "RedisAdapter"), None),
+        (adapter("{key_prefix: a}", "RedisAdapter"), "modules[0].config.adapter.config.key_prefix"),
+        (adapter("{key_prefix: 'a:'}"), "modules[0].config.adapter.config.key_prefix"),
         (CLASSES + NAMES, None),
         ("broker: {shards: 0}\n", "broker.shards"),
         ("broker: {shard: 2}\n", "broker.shard"),
@@ -211,6 +214,53 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
     assert "hunter2" not in str(refusal(tmp_path, text))
 
 
+def prefixed(prefix: str) -> str:
+    return adapter(f"{{key_prefix: {json.dumps(prefix)}}}", "RedisAdapter")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "a:", "team:chat:", "é:", "mybroker:", "streams:", "-._/'\"#@:", "x" * 127 + ":"]
+)
+def test_key_prefixes(tmp_path: Path, prefix: str) -> None:
+    settings, _ = load(tmp_path, prefixed(prefix))
+    assert settings.adapter == RedisAdapter(key_prefix=prefix)
+    assert load(tmp_path, config.to_yaml(settings)) == (settings, [])
+
+
+def test_a_key_prefix_of_the_environment(tmp_path: Path) -> None:
+    text = adapter("{key_prefix: '${PREFIX:}'}", "RedisAdapter")
+    environs: list[dict[str, str]] = [{}, {"PREFIX": ""}, {"PREFIX": "a:"}]
+    for environ, prefix in zip(environs, ("", "", "a:"), strict=True):
+        settings, _ = load(tmp_path, text, environ=environ)
+        assert settings.adapter == RedisAdapter(key_prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *(
+            "a",
+            "a:b",
+            ":",
+            "a::",
+            "stream:",
+            "broker:",
+            "a:stream:",
+            "a:broker:b:",
+            "a :",
+            "a\u00a0:",
+        ),
+        *("{a}:", "{:", "}:", "*:", "a?:", "[a]:", "a]:", "a\\:", "a\n:", "a:\n", "a\x7f:"),
+        *("\u2028:", "\ud800:", "x" * 128 + ":"),
+    ],
+)
+def test_key_prefixes_that_are_refused(tmp_path: Path, prefix: str) -> None:
+    error = refusal(tmp_path, prefixed(prefix))
+    if prefix != "\ud800:":  # the text of the file is refused before
+        assert error.path == "modules[0].config.adapter.config.key_prefix"
+    assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("text", [CLASSES, adapter("{redis_url: 'redis://r:1'}", "RedisAdapter")])
 def test_a_configuration_survives_being_handed_on(tmp_path: Path, text: str) -> None:
     settings, _ = load(tmp_path, text + "broker: {shards: 3, limits: {name_bytes_max: 99}}\n")
@@ -229,5 +279,6 @@ def test_the_documentation_has_every_key_and_default() -> None:
         "run_dir": "./data/run",
         "file_path": KvAdapter().file_path,
         "redis_url": RedisAdapter().redis_url,
+        "key_prefix": '""',
     }.items():
         assert f"`{default}`" in rows[key], key
