@@ -128,7 +128,9 @@ class Hub:
 
     def add(self, subscription: Subscription) -> None:
         """Enter a subscription that waits for its sync."""
-        group = self._groups.setdefault(subscription.group, _HubGroup())
+        group = self._groups.get(subscription.group)
+        if group is None:
+            group = self._groups[subscription.group] = _HubGroup()
         group.subscriptions[subscription] = None
         self.subscriptions += 1
         self.subscriptions_total += 1

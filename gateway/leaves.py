@@ -82,8 +82,9 @@ class Leaves:
         """The subscription is over, by the client's own message or because of its connection."""
         lease = self._leases.pop(subscription, None)
         if on_purpose or not self._delay_s or self.away >= AWAY_MAX:
-            head, context = head_of(subscription), subscription.subscriber.context
-            self._triggers.fire_leave(*subscription.group, leave_payload(head, context))
+            if self._triggers.has_leave:
+                head, context = head_of(subscription), subscription.subscriber.context
+                self._triggers.fire_leave(*subscription.group, leave_payload(head, context))
             if lease is not None:
                 self._end(lease)
             return

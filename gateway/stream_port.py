@@ -404,10 +404,12 @@ class Client:
             try:
                 message = wire.decode(entry)
                 match message:
-                    case wire.Join() | wire.JoinMany():
+                    case wire.Join():
                         self._join_all(message.joins)
                     case wire.Leave():
                         self._leave(message.data)
+                    case wire.JoinMany():
+                        self._join_all(message.joins)
                     case wire.Auth():
                         self._renew(bytes(message.data))
                     case None:

@@ -511,9 +511,11 @@ class Triggers:
             _log.debug("trigger_failed", id=trigger.id, function=trigger.function_id)
 
     def _of_group(self, trigger_type: str, stream: str, group_id: str) -> list[Trigger]:
+        if trigger_type not in self._by_type:
+            return []
         return [
             t
-            for t in self._by_type.get(trigger_type, {}).values()
+            for t in self._by_type[trigger_type].values()
             if isinstance(t.parsed, JoinConfig) and t.parsed.matches(stream, group_id)
         ]
 

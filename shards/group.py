@@ -194,7 +194,7 @@ class GroupState:
             InvalidRequest: nothing was applied.
             LimitExceeded: the answer would be too large.
         """
-        match operation:
+        match operation:  # what is frequent comes first: every pattern that does not match costs
             case messages.Set():
                 return self._put(operation.item_id, operation.data, now_ms, bytes_max)
             case messages.Get():
@@ -204,6 +204,8 @@ class GroupState:
                 outcome = update_ops.apply_ops(self.items.get(operation.item_id), ops)
                 errors = b',"errors":' + _encode(outcome.errors) if outcome.errors else b""
                 return self._put(operation.item_id, outcome.value, now_ms, bytes_max, errors)
+            case messages.Join():
+                return self.resume(operation, now_ms) or self._sync(operation, now_ms, bytes_max)
             case messages.Delete():
                 return self._delete(operation.item_id, now_ms)
             case messages.Send():
@@ -215,8 +217,6 @@ class GroupState:
             case messages.List():
                 read = self.entries if operation.with_ids else self.values
                 return Done(read(bytes_max))
-            case messages.Join():
-                return self.resume(operation, now_ms) or self._sync(operation, now_ms, bytes_max)
             case messages.ReadHistory():
                 return self._past(operation, now_ms)
             case _:

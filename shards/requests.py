@@ -194,17 +194,7 @@ class Requests:
 
     def _receive(self, link: GatewayLink, message: ToShard) -> None:
         match message:
-            case (
-                messages.Set()
-                | messages.Get()
-                | messages.Update()
-                | messages.Delete()
-                | messages.Send()
-                | messages.List()
-                | messages.Join()
-                | messages.Publish()
-                | messages.ReadHistory()
-            ):
+            case messages.GroupCall():
                 if self.tracing is not None:
                     self._begin_span(message)
                 if self.committer.waiting >= WAITING_MAX:
