@@ -1,16 +1,17 @@
 """Streams whose storage a worker serves (protocol section 10.4).
 
 The worker stores, the shard numbers, publishes and triggers. Operations on one group of such a
-stream run one after the other, so that an event is of what was stored, a sync is as of its seq,
-and an update through the worker's get and set is atomic. So one gateway runs those of a stream:
-that of the worker which registered a function of it first. The others send theirs to it.
+stream are with the worker one after the other, and what comes of them is told the shard in the same
+order, so that an event is of what was stored, a sync is as of its seq, and an update through the
+worker's get and set is atomic. So one gateway runs those of a stream: that of the worker which
+registered a function of it first. The others send theirs to it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
@@ -44,7 +45,9 @@ StreamCall = (
     | messages.ReadHistory
 )
 
-_Work = Callable[[], Coroutine[None, None, None]]
+_ShardCall = StreamCall | messages.Publish | messages.CheckOps | messages.ApplyOps
+_Read = bytes | BrokerError | None
+"""What a worker has of a group, or an item; None: it was not asked."""
 
 
 class StreamOwner(Protocol):
@@ -65,7 +68,7 @@ _encode = msgspec.json.encode
 T = TypeVar("T")
 
 
-class _Stored(Struct):
+class _Stored(Struct, gc=False):
     """What a worker's set or update answers."""
 
     new_value: Raw
@@ -73,8 +76,15 @@ class _Stored(Struct):
     errors: Raw = Raw(b"null")
 
 
-class _Deleted(Struct):
+class _Deleted(Struct, gc=False):
     old_value: Raw = Raw(b"null")
+
+
+class _Applied(Struct):
+    """What a shard makes of the ops of an update."""
+
+    new_value: Raw
+    errors: Raw = Raw(b"null")
 
 
 class Unread(Struct):
@@ -83,6 +93,41 @@ class Unread(Struct):
     seq: int
     epoch: str
     error: BrokerError
+
+
+class _Line:
+    """The operations on one group.
+
+    busy: whether one has begun that the next has to wait for.
+    unanswered: calls that the shard has not answered. The next operation need not wait for these,
+        as the link keeps their order.
+    when_answered: called once the shard has answered all of them.
+    """
+
+    __slots__ = ("beginning", "busy", "group", "unanswered", "waiting", "when_answered")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.waiting: deque[_Work] = deque()
+        self.busy = False
+        self.beginning = False
+        self.unanswered = 0
+        self.when_answered: Callable[[], None] | None = None
+
+
+_Work = Callable[[_Line], None]
+"""Begins an operation, at whose end the line has to go on."""
+
+
+class _Turn:
+    """A call whose turn it is."""
+
+    __slots__ = ("answered", "call", "line")
+
+    def __init__(self, call: StreamCall, answered: Answered, line: _Line) -> None:
+        self.call = call
+        self.answered = answered
+        self.line = line
 
 
 class CustomStreams:
@@ -101,16 +146,17 @@ class CustomStreams:
     ) -> None:
         self._functions = functions
         self._invocations = invocations
+        self._deadlines = invocations.deadlines(TIMEOUT_S)
         self._links = links
         self._owner_of = owner_of
-        self._queues: dict[Group, deque[_Work]] = {}
+        self._lines: dict[Group, _Line] = {}
         self._tasks = Tasks()
         self.refused_total = 0
 
     @property
     def waiting(self) -> int:
-        """Operations that wait or run."""
-        return sum(len(queue) for queue in self._queues.values())
+        """Operations that wait for a worker, or are with one."""
+        return sum(len(line.waiting) + line.busy for line in self._lines.values())
 
     def serves(self, stream: str, function: str) -> bool:
         """Whether a worker has `function` of the stream."""
@@ -120,7 +166,7 @@ class CustomStreams:
 
     def takes(self, group: Group) -> bool:
         """Whether operations on the group have to come here."""
-        return group.stream in self._functions.custom or group in self._queues
+        return group.stream in self._functions.custom or group in self._lines
 
     def call(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Make a call on a group, after those before it, wherever that is done."""
@@ -131,16 +177,7 @@ class CustomStreams:
 
     def call_here(self, group: Group, call: StreamCall, answered: Answered) -> None:
         """Make a call on a group, after those before it."""
-
-        async def work() -> None:
-            try:
-                answer = await self._perform(group, call)
-            except BrokerError as error:
-                answered(error)
-            else:
-                answered(Reply(0, answer))
-
-        self._enqueue(group, work, answered)
+        self._enqueue(group, partial(self._perform, call, answered), answered)
 
     def list_groups(self, stream: str, answered: Answered, trace: Trace | None) -> None:
         """Ask the worker for the stream's groups."""
@@ -158,29 +195,39 @@ class CustomStreams:
         if (owner := self._owner_elsewhere(group)) is not None:
             self._join_elsewhere(owner, group, join, answered)
         else:
-            self._enqueue(group, partial(self._join, group, join, answered), answered)
+            self._enqueue(group, partial(self._join, join, answered), answered)
 
     def read_here(
         self, group: Group, item_id: str | None, answered: Answered, released: asyncio.Event
     ) -> None:
         """Read a group, or an item, for another gateway, and hold the group until `released`."""
 
-        async def work() -> None:
-            data = await self._read(group, item_id)
-            answered(data if isinstance(data, BrokerError) else Reply(0, data))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(TIMEOUT_S):
-                    await released.wait()
+        def read(line: _Line, data: _Read) -> None:
+            answered(_as_answer(data))
+            self._tasks.start(self._hold(line, released))
+
+        def work(line: _Line) -> None:
+            # The other gateway joins over a link of its own, which must not overtake ours.
+            line.when_answered = lambda: self._read(line, item_id, partial(read, line))
+            self._look(line)
 
         self._enqueue(group, work, answered)
+
+    async def _hold(self, line: _Line, released: asyncio.Event) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT_S):
+                await released.wait()
+        self._go_on(line)
 
     def _owner_elsewhere(self, group: Group) -> StreamOwner | None:
         """The gateway that runs the operations on the group, when it is another one and nothing
         is under way here."""
-        if group in self._queues:
+        if group in self._lines:
             return None
-        worker = self._functions.custom_owner(group.stream, lambda worker: worker.worker_id)
+        worker = self._functions.custom_owner(group.stream, _worker_id)
         return None if worker is None else self._owner_of(worker)
+
+    # Lines.
 
     def _enqueue(
         self,
@@ -188,11 +235,10 @@ class CustomStreams:
         work: _Work,
         refused: Callable[[BrokerError], None],
     ) -> None:
-        queue = self._queues.get(group)
-        if queue is None:
-            queue = self._queues[group] = deque()
-            self._tasks.start(self._run(group, queue))
-        elif len(queue) >= WAITING_MAX:
+        line = self._lines.get(group)
+        if line is None:
+            line = self._lines[group] = _Line(group)
+        elif len(line.waiting) + line.busy >= WAITING_MAX:
             self.refused_total += 1
             refused(
                 LimitExceeded(
@@ -202,21 +248,46 @@ class CustomStreams:
                 )
             )
             return
-        queue.append(work)
+        line.waiting.append(work)
+        self._begin_next(line)
 
-    async def _run(self, group: Group, queue: deque[_Work]) -> None:
-        while queue:
-            await queue[0]()
-            queue.popleft()
-        del self._queues[group]
+    def _go_on(self, line: _Line) -> None:
+        """The operation that had begun is over, but for what the shard answers."""
+        line.busy = False
+        self._begin_next(line)
 
-    async def _join(
-        self, group: Group, join: messages.Join, answered: Callable[[Answer | Unread], None]
+    def _begin_next(self, line: _Line) -> None:
+        if line.beginning:  # below on the stack: an operation may end at once, and so may many
+            return
+        line.beginning = True
+        while line.waiting and not line.busy:
+            line.busy = True
+            line.waiting.popleft()(line)
+        line.beginning = False
+        if not line.unanswered:
+            self._look(line)
+
+    def _look(self, line: _Line) -> None:
+        """Do what has to wait for the shard's answers, if they have come."""
+        if line.unanswered:
+            return
+        if (then := line.when_answered) is not None:
+            line.when_answered = None
+            then()
+        elif not line.busy and not line.waiting and not line.beginning:
+            del self._lines[line.group]
+
+    # Joins.
+
+    def _join(
+        self, join: messages.Join, answered: Callable[[Answer | Unread], None], line: _Line
     ) -> None:
-        done = asyncio.Event()
-        data = await self._read(group, join.item_id)
-        self._join_shard(group, join, data, answered, done.set)
-        await done.wait()
+        def read(data: _Read) -> None:
+            line.unanswered += 1
+            self._join_shard(line.group, join, data, answered, partial(self._answer_came, line))
+            self._go_on(line)
+
+        self._read(line, join.item_id, read)
 
     def _join_elsewhere(
         self,
@@ -236,18 +307,23 @@ class CustomStreams:
 
         call_id = owner.read(group, join.item_id, read)
 
-    async def _read(self, group: Group, item_id: str | None) -> bytes | BrokerError | None:
-        """What the worker has of a group, or an item; None: it is not asked."""
+    def _read(self, line: _Line, item_id: str | None, then: Callable[[_Read], None]) -> None:
+        """Ask the worker what it has of a group, or an item."""
         function = "list" if item_id is None else "get"
-        if not self.serves(group.stream, function):
-            return None
-        return _passed_on(await self._invoke(function, group, item_id, {})) or b"null"
+        if not self.serves(line.group.stream, function):
+            then(None)
+            return
+
+        def answered(result: Result) -> None:
+            then(_passed_on(result) or b"null")
+
+        self._invoke(function, line.group, item_id, b"", answered)
 
     def _join_shard(
         self,
         group: Group,
         join: messages.Join,
-        data: bytes | BrokerError | None,
+        data: _Read,
         answered: Callable[[Answer | Unread], None],
         done: Callable[[], None],
     ) -> None:
@@ -267,127 +343,194 @@ class CustomStreams:
         join.data = b"null" if isinstance(data, BrokerError) else data
         link.call(join, join.call_id, joined)
 
-    async def _perform(self, group: Group, call: StreamCall) -> bytes | None:
-        """Do the worker's part, then the shard's.
+    # Calls.
 
-        Raises:
-            BrokerError: what the caller is told.
-        """
+    def _perform(self, call: StreamCall, answered: Answered, line: _Line) -> None:
+        """Have the worker do its part, then the shard."""
+        turn = _Turn(call, answered, line)
+        stream = line.group.stream
         match call:
-            case messages.Get() if self.serves(group.stream, "get"):
-                return _passed_on_or_raise(
-                    await self._invoke("get", group, call.item_id, {}, call.trace)
-                )
-            case messages.List() if self.serves(group.stream, "list"):
-                values = _passed_on_or_raise(
-                    await self._invoke("list", group, None, {}, call.trace)
-                )
-                return _without_ids(values) if call.with_ids else values
-            case messages.Set() if self.serves(group.stream, "set"):
-                return await self._set(group, call, call.data, b"")
-            case messages.Delete() if self.serves(group.stream, "delete"):
-                return await self._delete(group, call)
-            case messages.Update() if self.serves(group.stream, "update"):
-                ops = await self._ask_reply(group, messages.CheckOps(0, call.ops))
-                more = {"ops": Raw(ops)}
-                result = await self._invoke("update", group, call.item_id, more, call.trace)
-                stored = _stored(result, "STREAM_UPDATE_ERROR", "Failed to update value")
-                return await self._publish_stored(group, call, stored)
-            case messages.Update() if self._has_get_and_set(group.stream):
-                return await self._update(group, call)
+            case messages.Get() if self.serves(stream, "get"):
+                self._ask_worker(turn, "get", call.item_id, b"", self._pass_on)
+            case messages.List() if self.serves(stream, "list"):
+                self._ask_worker(turn, "list", None, b"", self._pass_on)
+            case messages.Set() if self.serves(stream, "set"):
+                data = b',"data":' + call.data
+                self._ask_worker(turn, "set", call.item_id, data, self._was_set)
+            case messages.Delete() if self.serves(stream, "delete"):
+                self._ask_worker(turn, "delete", call.item_id, b"", self._was_deleted)
+            case messages.Update() if self.serves(stream, "update"):
+                self._ask_shard(turn, messages.CheckOps(0, call.ops), self._update_by_worker)
+            case messages.Update() if self.serves(stream, "get") and self.serves(stream, "set"):
+                self._ask_shard(turn, messages.CheckOps(0, call.ops), self._update_by_get)
             case _:
-                return (await self._ask(group, call)).result
+                self._tell_shard(line, call, answered)
+                self._go_on(line)
 
-    def _has_get_and_set(self, stream: str) -> bool:
-        return self.serves(stream, "get") and self.serves(stream, "set")
+    def _pass_on(self, turn: _Turn, result: Result) -> None:
+        answer = _passed_on(result)
+        if isinstance(turn.call, messages.List) and turn.call.with_ids:
+            answer = answer if isinstance(answer, BrokerError) else _without_ids(answer)
+        self._end(turn, _as_answer(answer))
 
-    async def _set(
-        self, group: Group, call: messages.Set | messages.Update, data: bytes, errors: bytes
-    ) -> bytes:
-        more = {"data": Raw(data)}
-        result = await self._invoke("set", group, call.item_id, more, call.trace)
+    def _was_set(self, turn: _Turn, result: Result) -> None:
         stored = _stored(result, "STREAM_SET_ERROR", "Failed to set value")
-        if errors:
-            stored.errors = Raw(errors)
-        return await self._publish_stored(group, call, stored)
+        self._publish_stored(turn, stored)
 
-    async def _delete(self, group: Group, call: messages.Delete) -> bytes:
-        result = await self._invoke("delete", group, call.item_id, {}, call.trace)
+    def _was_updated(self, turn: _Turn, result: Result) -> None:
+        stored = _stored(result, "STREAM_UPDATE_ERROR", "Failed to update value")
+        self._publish_stored(turn, stored)
+
+    def _was_deleted(self, turn: _Turn, result: Result) -> None:
         text = _result_text(result, "STREAM_DELETE_ERROR", "Failed to delete value")
-        old = bytes(_converted(text, _Deleted).old_value)
-        if old != b"null":
-            publish = messages.Publish(0, *group, call.item_id, "delete", old, trace=call.trace)
-            await self._ask(group, publish)
-        return b'{"old_value":' + old + b"}"
+        old = bytes(_converted(text, _deleted_decoder).old_value)
+        reply = b'{"old_value":' + old + b"}"
+        if old == b"null":
+            self._end(turn, Reply(0, reply))
+        else:
+            self._publish(turn, "delete", old, reply)
 
-    async def _update(self, group: Group, call: messages.Update) -> bytes:
+    def _update_by_worker(self, turn: _Turn, ops: bytes) -> None:
+        item_id = _item_of(turn.call)
+        self._ask_worker(turn, "update", item_id, b',"ops":' + ops, self._was_updated)
+
+    def _update_by_get(self, turn: _Turn, ops: bytes) -> None:
         """An update of a stream whose worker has get and set, but no update."""
-        ops = await self._ask_reply(group, messages.CheckOps(0, call.ops))
-        result = await self._invoke("get", group, call.item_id, {}, call.trace)
-        if result.error is not None:
-            raise _wrapped(result.error, "STREAM_UPDATE_ERROR", "Failed to update value")
-        current = result.result if result.result != b"null" else None
-        reply = await self._ask_reply(group, messages.ApplyOps(0, current, ops))
-        applied = msgspec.json.decode(reply, type=dict[str, Raw])
-        errors = bytes(applied.get("errors", Raw(b"")))
-        return await self._set(group, call, bytes(applied["new_value"]), errors)
 
-    async def _publish_stored(
-        self, group: Group, call: messages.Set | messages.Update, stored: _Stored
-    ) -> bytes:
-        old, new = bytes(stored.old_value), bytes(stored.new_value)
-        kind = "create" if old == b"null" else "update"
-        publish = messages.Publish(0, *group, call.item_id, kind, new, trace=call.trace)
-        await self._ask(group, publish)
-        errors = bytes(stored.errors)
-        tail = b"" if errors == b"null" else b',"errors":' + errors
-        return b'{"old_value":' + old + b',"new_value":' + new + tail + b"}"
+        def got(turn: _Turn, result: Result) -> None:
+            if result.error is not None:
+                raise _wrapped(result.error, "STREAM_UPDATE_ERROR", "Failed to update value")
+            current = result.result if result.result != b"null" else None
+            self._ask_shard(turn, messages.ApplyOps(0, current, ops), self._set_applied)
 
-    async def _invoke(
+        self._ask_worker(turn, "get", _item_of(turn.call), b"", got)
+
+    def _set_applied(self, turn: _Turn, reply: bytes) -> None:
+        applied = _applied_decoder.decode(reply)
+
+        def was_set(turn: _Turn, result: Result) -> None:
+            stored = _stored(result, "STREAM_SET_ERROR", "Failed to set value")
+            if bytes(applied.errors) != b"null":
+                stored.errors = applied.errors
+            self._publish_stored(turn, stored)
+
+        data = b',"data":' + bytes(applied.new_value)
+        self._ask_worker(turn, "set", _item_of(turn.call), data, was_set)
+
+    def _publish_stored(self, turn: _Turn, stored: _Stored) -> None:
+        old, new, errors = bytes(stored.old_value), bytes(stored.new_value), bytes(stored.errors)
+        tail = b"}" if errors == b"null" else b',"errors":' + errors + b"}"
+        reply = b"".join((b'{"old_value":', old, b',"new_value":', new, tail))
+        self._publish(turn, "create" if old == b"null" else "update", new, reply)
+
+    def _publish(self, turn: _Turn, kind: str, data: bytes, reply: bytes) -> None:
+        """Tell the shard of a change; the caller gets `reply` when it has answered."""
+        call, line, answered = turn.call, turn.line, turn.answered
+
+        def published(answer: Answer) -> None:
+            answered(answer if isinstance(answer, BrokerError) else Reply(0, reply))
+
+        publish = messages.Publish(0, *line.group, _item_of(call), kind, data, trace=call.trace)
+        self._tell_shard(line, publish, published)
+        self._go_on(line)
+
+    def _end(self, turn: _Turn, answer: Answer) -> None:
+        turn.answered(answer)
+        self._go_on(turn.line)
+
+    # Asking.
+
+    def _ask_worker(
+        self,
+        turn: _Turn,
+        function: str,
+        item_id: str | None,
+        more: bytes,
+        then: Callable[[_Turn, Result], None],
+    ) -> None:
+        """Have `then` take the worker's answer; a `BrokerError` that it raises ends the turn."""
+
+        def answered(result: Result) -> None:
+            try:
+                then(turn, result)
+            except BrokerError as error:
+                self._end(turn, error)
+
+        group, trace = turn.line.group, turn.call.trace
+        self._invoke(function, group, item_id, more, answered, trace=trace)
+
+    def _invoke(
         self,
         function: str,
         group: Group,
         item_id: str | None,
-        more: dict[str, Raw],
+        more: bytes,
+        answered: Callable[[Result], None],
+        *,
         trace: Trace | None = None,
-    ) -> Result:
-        fields: dict[str, object] = {"stream_name": group.stream, "group_id": group.group_id}
-        if item_id is not None:
-            fields["item_id"] = item_id
-        return await self._invocations.call(
-            _function_id(function, group.stream), _encode(fields | more), TIMEOUT_S, trace=trace
+    ) -> None:
+        """Call a function of the worker; `more` is JSON text of further members of its input."""
+        item = b"" if item_id is None else b',"item_id":' + _encode(item_id)
+        stream, group_id = _encode(group.stream), _encode(group.group_id)
+        self._invocations.invoke(
+            _function_id(function, group.stream),
+            b"".join((b'{"stream_name":', stream, b',"group_id":', group_id, item, more, b"}")),
+            answered,
+            trace=trace,
+            deadlines=self._deadlines,
         )
 
-    async def _ask(self, group: Group, call: _ShardCall) -> Reply:
-        """Ask the shard that owns the group.
+    def _ask_shard(
+        self, turn: _Turn, call: _ShardCall, then: Callable[[_Turn, bytes], None]
+    ) -> None:
+        """Have `then` take the shard's answer, or end the turn with its error."""
 
-        Raises:
-            BrokerError: its answer.
-        """
-        link = self._links.of(group)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        def answered(answer: Answer) -> None:
+            if isinstance(answer, BrokerError):
+                self._end(turn, answer)
+            else:
+                result = _result_of(answer)
+                assert result is not None, "these calls have results"
+                then(turn, result)
+
+        self._tell_shard(turn.line, call, answered)
+
+    def _tell_shard(self, line: _Line, call: _ShardCall, answered: Answered) -> None:
+        link = self._links.of(line.group)
         call.call_id = link.next_call_id()
-        link.call(call, call.call_id, future.set_result)
-        answer = await future
-        if isinstance(answer, BrokerError):
-            raise answer
-        assert isinstance(answer, Reply), "what these calls are answered with"
-        return answer
+        line.unanswered += 1
+        link.call(call, call.call_id, partial(self._shard_answered, line, answered))
 
-    async def _ask_reply(self, group: Group, call: _ShardCall) -> bytes:
-        answer = await self._ask(group, call)
-        assert answer.result is not None, "these calls have results"
-        return answer.result
+    def _shard_answered(self, line: _Line, answered: Answered, answer: Answer) -> None:
+        answered(answer)
+        self._answer_came(line)
+
+    def _answer_came(self, line: _Line) -> None:
+        line.unanswered -= 1
+        if not line.unanswered:
+            self._look(line)
 
 
-_ShardCall = StreamCall | messages.Publish | messages.CheckOps | messages.ApplyOps
+_stored_decoder = msgspec.json.Decoder(_Stored)
+_deleted_decoder = msgspec.json.Decoder(_Deleted)
+_applied_decoder = msgspec.json.Decoder(_Applied)
+_values_decoder = msgspec.json.Decoder(list[Raw])
+
+
+def _worker_id(worker: Executor) -> str:
+    return worker.worker_id
+
+
+def _item_of(call: StreamCall) -> str:
+    assert isinstance(call, messages.Set | messages.Update | messages.Delete), "what is published"
+    return call.item_id
 
 
 def _function_id(function: str, stream: str) -> str:
     return f"stream::{function}({stream})"
 
 
-def _passed_on(result: Result) -> bytes | BrokerError | None:
+def _passed_on(result: Result) -> _Read:
     """What the worker answered, unchanged."""
     if result.error is None:
         return result.result
@@ -400,24 +543,18 @@ def _result_of(answer: Answer) -> bytes | None:
     return answer.result
 
 
-def _as_answer(answer: bytes | BrokerError | None) -> Answer:
+def _as_answer(answer: _Read) -> Answer:
     return answer if isinstance(answer, BrokerError) else Reply(0, answer)
-
-
-def _passed_on_or_raise(result: Result) -> bytes | None:
-    answer = _passed_on(result)
-    if isinstance(answer, BrokerError):
-        raise answer
-    return answer
 
 
 def _without_ids(values: bytes | None) -> bytes:
     """What a worker listed in the form that has ids, which it does not tell."""
-    return _encode([{"item_id": None, "value": v} for v in _converted(values or b"[]", list[Raw])])
+    listed = _converted(values or b"[]", _values_decoder)
+    return _encode([{"item_id": None, "value": value} for value in listed])
 
 
 def _stored(result: Result, code: str, what: str) -> _Stored:
-    return _converted(_result_text(result, code, what), _Stored)
+    return _converted(_result_text(result, code, what), _stored_decoder)
 
 
 def _result_text(result: Result, code: str, what: str) -> bytes:
@@ -428,9 +565,9 @@ def _result_text(result: Result, code: str, what: str) -> bytes:
     return result.result
 
 
-def _converted(text: bytes, kind: type[T]) -> T:
+def _converted(text: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
-        return msgspec.json.decode(text, type=kind)
+        return decoder.decode(text)
     except msgspec.DecodeError as error:
         reason = str(error).replace("Object missing required field", "missing field")
         raise InvalidRequest("JSON_ERROR", f"Failed to convert result to value: {reason}") from None

@@ -75,6 +75,7 @@ class Functions(Generic[W]):
         self._registrations: dict[Key, list[Registration[W]]] = {}
         self.custom: dict[str, int] = {}
         """Streams that workers store, and how many functions of them are registered."""
+        self._owners: dict[str, W] = {}  # of those streams, as far as they were asked for
 
     def __len__(self) -> int:
         return len(self._registrations)
@@ -90,6 +91,7 @@ class Functions(Generic[W]):
     ) -> W | None:
         """Enter a function. Returns another worker that owns the id and keeps it, if there is."""
         key = (namespace, definition.id)
+        self._owners.clear()
         if key not in self._registrations:
             self._count_custom(key, 1)
         waiting = self._registrations.setdefault(key, [])
@@ -112,6 +114,7 @@ class Functions(Generic[W]):
         waiting = self._registrations.get(key)
         if waiting is None:
             return
+        self._owners.clear()
         waiting[:] = [r for r in waiting if r.worker is not worker]
         if not waiting:
             del self._registrations[key]
@@ -150,6 +153,8 @@ class Functions(Generic[W]):
     def custom_owner(self, stream: str, order: Callable[[W], str]) -> W | None:
         """The worker whose gateway runs the operations on a stream that workers store: of all that
         have functions of it the one that registered first; `order` decides between equals."""
+        if (owner := self._owners.get(stream)) is not None:
+            return owner
         found = [
             registration
             for function in CUSTOM_FUNCTIONS
@@ -157,7 +162,9 @@ class Functions(Generic[W]):
         ]
         if not found:
             return None
-        return min(found, key=lambda r: (r.at_ms, order(r.worker))).worker
+        owner = min(found, key=lambda r: (r.at_ms, order(r.worker))).worker
+        self._owners[stream] = owner
+        return owner
 
     def all(self) -> Iterator[tuple[Key, Registration[W]]]:
         """Every registration, in the order in which they are served."""

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from broker.errors import BrokerError, LimitExceeded
 from broker.messages import Trace
+from gateway.deadlines import Deadlines
 from gateway.functions import Functions
 from gateway.worker_protocol import InvocationResult, error_text, invoke_function, present
 
 
-class Result(msgspec.Struct, frozen=True):
+class Result(msgspec.Struct, frozen=True, gc=False):
     """How a call ended: `error` (JSON text of the error object) or `result` (JSON text or None)."""
 
     result: bytes | None = None
     error: bytes | None = None
 
-
-SWEEP_INTERVAL_S = 1.0
 
 K = TypeVar("K")
 
@@ -45,23 +45,28 @@ class Executor(Protocol):
 class Invocation:
     """A call that waits for its answer.
 
-    `again`: namespace, function and payload of a call that another worker is sent when the one
-    that got it leaves without an answer.
+    `again`: namespace and payload of a call that another worker is sent when the one that got it
+    leaves without an answer. `deadlines`: where it stands, if it is not waited for without end.
     """
 
-    __slots__ = ("again", "answered", "caller", "executor")
+    __slots__ = ("again", "answered", "caller", "deadlines", "executor", "function_id")
 
     def __init__(
         self,
+        function_id: str,
         executor: Executor,
         caller: object,
         answered: Answered,
-        again: tuple[str, str, bytes] | None,
+        *,
+        again: tuple[str, bytes] | None,
+        deadlines: Deadlines | None,
     ) -> None:
+        self.function_id = function_id
         self.executor = executor
         self.caller = caller
         self.answered = answered
         self.again = again
+        self.deadlines = deadlines
 
 
 class Invocations:
@@ -69,7 +74,7 @@ class Invocations:
 
     Args:
         in_flight_max: of the calls of one caller.
-        patience_s: for an answer that nobody waits for; see `patient`.
+        patience_s: for an answer that nobody waits for; see `patience`.
     """
 
     def __init__(
@@ -77,12 +82,13 @@ class Invocations:
     ) -> None:
         self._functions = functions
         self.in_flight_max = in_flight_max
-        self._patience_s = patience_s
+        self.patience = Deadlines(patience_s, self._settle_late)
+        """Of calls to triggers' handlers."""
+        self._within: dict[float, Deadlines] = {}  # by seconds: the few that are configured
+        self._ids = _new_ids()
         self._pending: dict[str, Invocation] = {}
         self._by_executor: dict[Executor, dict[str, None]] = {}
         self._by_caller: dict[object, dict[str, None]] = {}
-        self._impatient: dict[str, float] = {}  # until when an answer is waited for, in order
-        self._sweeping = False
         self.invocations_total = 0
         self.too_many_total = 0
         self.overloaded_total = 0
@@ -92,11 +98,6 @@ class Invocations:
 
     def __len__(self) -> int:
         return len(self._pending)
-
-    @property
-    def patience(self) -> int:
-        """Calls whose answer is not waited for without end: those of triggers' handlers."""
-        return len(self._impatient)
 
     def active(self, worker: Executor) -> int:
         """Calls that the worker made or executes, and that are not answered."""
@@ -118,20 +119,18 @@ class Invocations:
         trace: Trace | None = None,
         metadata: bytes | None = None,
         resend: bool = False,
-        patient: bool = True,
-    ) -> str | None:
+        deadlines: Deadlines | None = None,
+    ) -> None:
         """Call a function; `answered` is told how it ended, possibly at once.
 
         With `resend` a call whose worker leaves without an answer goes to the worker that takes
-        the function over, if there is one. Without `patient` it ends, with an error, when there
-        is no answer for long.
-
-        Returns the call's id, None when it has ended already or nobody waits for its answer.
+        the function over, if there is one. With `deadlines` it ends, with an error, when there
+        is no answer within these.
         """
         registration = self._functions.find(namespace, function_id)
         if registration is None:
             _ended(answered, not_found(function_id, namespace))
-            return None
+            return
         made = self._by_caller.get(caller, ()) if caller is not None else ()
         if len(made) >= self.in_flight_max:
             self.too_many_total += 1
@@ -143,9 +142,9 @@ class Invocations:
                     retryable=True,
                 ),
             )
-            return None
+            return
         executor = registration.worker
-        invocation_id = str(uuid.uuid4())
+        invocation_id = next(self._ids)
         payload = invoke_function(
             invocation_id,
             function_id,
@@ -164,20 +163,30 @@ class Invocations:
                     retryable=True,
                 ),
             )
-            return None
+            return
         self.invocations_total += 1
         if answered is None:
-            return None
-        again = (namespace, function_id, payload) if resend else None
-        self._pending[invocation_id] = Invocation(executor, caller, answered, again)
+            return
+        self._pending[invocation_id] = Invocation(
+            function_id,
+            executor,
+            caller,
+            answered,
+            again=(namespace, payload) if resend else None,
+            deadlines=deadlines,
+        )
         self._by_executor.setdefault(executor, {})[invocation_id] = None
         if caller is not None:
             self._by_caller.setdefault(caller, {})[invocation_id] = None
-        if not patient:
-            self._impatient[invocation_id] = asyncio.get_running_loop().time() + self._patience_s
-            if not self._sweeping:
-                self._sweep()
-        return invocation_id
+        if deadlines is not None:
+            deadlines.add(invocation_id)
+
+    def deadlines(self, wait_s: float) -> Deadlines:
+        """Those of calls that are given `wait_s` each."""
+        deadlines = self._within.get(wait_s)
+        if deadlines is None:
+            deadlines = self._within[wait_s] = Deadlines(wait_s, self._settle_late)
+        return deadlines
 
     def call_within(
         self,
@@ -192,26 +201,16 @@ class Invocations:
         trace: Trace | None = None,
     ) -> None:
         """`invoke` for the broker itself, with a limit on the wait for the answer."""
-        loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle | None = None
-
-        def ended(result: Result) -> None:
-            if timer is not None:
-                timer.cancel()
-            answered(result)
-
-        invocation_id = self.invoke(
+        self.invoke(
             function_id,
             data,
-            ended,
+            answered,
             namespace=namespace,
             trace=trace,
             metadata=metadata,
             resend=resend,
+            deadlines=self.deadlines(timeout_s),
         )
-        if invocation_id is not None:
-            late = _late(function_id, timeout_s)
-            timer = loop.call_later(timeout_s, self._settle_late, invocation_id, late)
 
     async def call(
         self,
@@ -279,8 +278,8 @@ class Invocations:
         invocation = self._pending[invocation_id]
         if invocation.again is None:
             return False
-        namespace, function_id, payload = invocation.again
-        registration = self._functions.find(namespace, function_id)
+        namespace, payload = invocation.again
+        registration = self._functions.find(namespace, invocation.function_id)
         if registration is None or not registration.worker.send_call(payload, invocation_id):
             return False
         self.resent_total += 1
@@ -289,30 +288,23 @@ class Invocations:
         self._by_executor.setdefault(registration.worker, {})[invocation_id] = None
         return True
 
-    def _sweep(self) -> None:
-        """End the calls whose answer is not waited for any more."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        while self._impatient:
-            invocation_id, until = next(iter(self._impatient.items()))
-            if until > now:
-                break
-            self._settle_late(invocation_id, _late("the handler", self._patience_s))
-        self._sweeping = bool(self._impatient)
-        if self._sweeping:
-            loop.call_later(SWEEP_INTERVAL_S, self._sweep)
-
-    def _settle_late(self, invocation_id: str, result: Result) -> None:
-        if invocation_id in self._pending:
-            self._pending[invocation_id].executor.forget(invocation_id)
-            self._settle(invocation_id, result)
+    def _settle_late(self, invocation_id: str) -> None:
+        invocation = self._pending[invocation_id]
+        deadlines = invocation.deadlines
+        assert deadlines is not None, "it was late for one of them"
+        error = BrokerError(
+            "timeout", f"{invocation.function_id} did not answer within {deadlines.wait_s:g} s"
+        )
+        invocation.executor.forget(invocation_id)
+        self._settle(invocation_id, Result(error=error_text(error)))
 
     def _settle(self, invocation_id: str, result: Result) -> None:
         self._remove(invocation_id).answered(result)
 
     def _remove(self, invocation_id: str) -> Invocation:
         invocation = self._pending.pop(invocation_id)
-        self._impatient.pop(invocation_id, None)
+        if invocation.deadlines is not None:
+            invocation.deadlines.discard(invocation_id)
         _discard(self._by_executor, invocation.executor, invocation_id)
         if invocation.caller is not None:
             _discard(self._by_caller, invocation.caller, invocation_id)
@@ -336,9 +328,11 @@ def not_found(function_id: str, namespace: str) -> BrokerError:
     )
 
 
-def _late(function_id: str, timeout_s: float) -> Result:
-    error = BrokerError("timeout", f"{function_id} did not answer within {timeout_s:g} s")
-    return Result(error=error_text(error))
+def _new_ids() -> Iterator[str]:
+    """Ids of calls: UUIDs, which SDKs take them for. Nobody has to guess them, as only the worker
+    that was called can answer, so one random half does for all."""
+    first = str(uuid.uuid4())[:24]
+    return (f"{first}{number:012x}" for number in itertools.count())
 
 
 def _discard(index: dict[K, dict[str, None]], key: K, invocation_id: str) -> None:

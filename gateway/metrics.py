@@ -83,7 +83,7 @@ def add_workers(metrics: Metrics, invocations: Invocations, triggers: Triggers) 
     metrics.gauge(
         "trigger_invocations_pending",
         "Calls of handlers that wait for their answer.",
-        lambda: invocations.patience,
+        lambda: len(invocations.patience),
     )
 
 

@@ -502,7 +502,7 @@ class Triggers:
             trace=trace,
             metadata=trigger.metadata,
             resend=True,
-            patient=False,
+            deadlines=self._invocations.patience,
         )
 
     def _handled(self, trigger: Trigger, result: Result) -> None:

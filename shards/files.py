@@ -67,6 +67,17 @@ def create_file(path: Path, data: bytes, draft: Path) -> None:
     sync_directory(path.parent)
 
 
+def remove_files(*paths: Path) -> None:
+    """Remove those files of one directory that there are, for good."""
+    found = False
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+            found = True
+    if found:
+        sync_directory(paths[0].parent)
+
+
 def write_again(path: Path) -> None:
     """Make all of a file durable that programs read of it, if there is one.
 

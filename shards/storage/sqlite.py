@@ -26,7 +26,7 @@ from broker.config import FILE_PATH_KEY
 from broker.errors import ConfigError, LimitExceeded, StorageError
 from broker.names import file_name, stream_of_file_name
 from broker.tasks import Tasks
-from shards.files import make_directory
+from shards.files import make_directory, remove_files
 from shards.group import (
     ITEM_OVERHEAD_BYTES,
     Change,
@@ -45,6 +45,7 @@ from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
 from shards.storage.pending import Commit, GroupRow, Trim
 from shards.storage.sqlite_file import (
+    DRAFT,
     Connect,
     StreamFile,
     closed_groups,
@@ -197,13 +198,19 @@ class SqliteStorage:
 
     async def open(self) -> None:
         try:
-            await self._threads.run(partial(make_directory, self.directory))
+            await self._threads.run(self._prepare_directory)
         except OSError as error:
             raise ConfigError(
                 FILE_PATH_KEY,
                 f"{self.directory} can't be made: {error.strerror}",
             ) from None
         self._forgotten_timestamp_ms = await self._in_thread(self._clock_file.read)
+
+    def _prepare_directory(self) -> None:
+        make_directory(self.directory)
+        drafts = list(self.directory.glob(f"*.db{DRAFT}"))  # of a process that was killed
+        if drafts:
+            remove_files(*drafts)
 
     async def close(self) -> None:
         self._closing = True  # nobody else may flush a file from now on

@@ -10,6 +10,7 @@ lock, and the event loop is busy on the other side of it.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -19,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import StorageError
-from shards.files import sync_directory, sync_file, write_again
+from shards.files import remove_files, replace_file, sync_directory, sync_file, write_again
 from shards.group import Change, entry
 from shards.history import HistoryLimits
 from shards.storage.pending import Commit, GroupRow, Pending, Trim
@@ -28,6 +29,8 @@ LAYOUT_VERSION = 3
 _APPLICATION_ID = 0x53425231  # "SBR1"
 _ROWS_PER_STATEMENT = (256, 64, 16, 4, 1)
 _SELECT_NAMES_MAX = 500
+DRAFT = "-draft"
+"""Behind the name of a file: what is to become it."""
 PAGE_CACHE_KIB = 512
 """Of SQLite's pages that an open file may keep in memory."""
 
@@ -50,7 +53,6 @@ CREATE TABLE journal (
 _UPGRADES = {1: _HISTORY, 2: _JOURNAL}
 """What leads from a layout to the next one."""
 _SCHEMA = f"""
-PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
 CREATE TABLE stream (name TEXT NOT NULL);
 CREATE TABLE groups (
@@ -74,6 +76,8 @@ CREATE TABLE items (
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {LAYOUT_VERSION};
 """
+_WAL = slice(18, 20)
+"""Where a file's first page says that it has a write-ahead log, as 2 for writers and readers."""
 
 _INSERT_ITEMS = (
     "INSERT INTO items (group_key, item_id, value) VALUES {rows}"
@@ -137,6 +141,8 @@ class StreamFile:
         try:
             if durable:  # a process that died may have left what it did not sync: nobody saw it
                 write_again(self._log)
+            if made := not path.exists():
+                self._make(stream)
             self._connection = connect(path)
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
@@ -144,9 +150,11 @@ class StreamFile:
             self._connection.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
             self._connection.execute("PRAGMA cache_spill = OFF")  # writes few pages twice
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+            if made:
+                self.next_row = 1
+                return
             if not self._pragma("user_version") and not self._pragma("application_id"):
-                sync_directory(path.parent)  # before there is anything in it
-                self._create(stream)
+                self._fill(stream)
             self._check(stream)
             for (text,) in self._connection.execute("SELECT entry FROM journal ORDER BY id"):
                 self.pending.add(_decode_commit(text), len(text))
@@ -445,10 +453,18 @@ class StreamFile:
                 )
                 return
 
-    def _create(self, stream: str) -> None:
-        self._connection.executescript(_SCHEMA)
-        self._connection.execute("INSERT INTO stream VALUES (?)", (stream,))
-        self._connection.execute("COMMIT")
+    def _make(self, stream: str) -> None:
+        """Make the file, all of it or nothing; its name is durable before there is a log."""
+        path = self._path
+        journal = path.with_name(f"{path.name}-journal")
+        remove_files(self._log, journal)  # of a file whose name was not durable yet
+        replace_file(path, _template().for_stream(stream), path.with_name(path.name + DRAFT))
+
+    def _fill(self, stream: str) -> None:
+        """Make the tables of a file that has none, left by a release that made them in it."""
+        sync_directory(self._path.parent)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        _make_tables(self._connection, stream)
 
     def _check(self, stream: str) -> None:
         if self._pragma("application_id") != _APPLICATION_ID:
@@ -484,6 +500,37 @@ def _ended(entries: bytearray) -> bytes:
         del entries[-1]  # the last comma
     entries += b"]"
     return bytes(entries)
+
+
+def _make_tables(connection: sqlite3.Connection, stream: str) -> None:
+    connection.executescript(_SCHEMA)
+    connection.execute("INSERT INTO stream VALUES (?)", (stream,))
+    connection.execute("COMMIT")
+
+
+class _Template:
+    """A new file in memory. To write that in one piece costs half of having SQLite make tables in a
+    file, which makes a journal, syncs each of these and the directory, and removes the journal."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(
+            ":memory:", isolation_level=None, check_same_thread=False
+        )
+        _make_tables(self._connection, "")
+
+    def for_stream(self, stream: str) -> bytes:
+        """What the file of a stream begins with."""
+        with self._lock:
+            self._connection.execute("UPDATE stream SET name = ?", (stream,))
+            data = bytearray(self._connection.serialize())
+        data[_WAL] = b"\2\2"
+        return bytes(data)
+
+
+@cache
+def _template() -> _Template:
+    return _Template()
 
 
 def stream_name(path: Path) -> str | None:
