@@ -39,6 +39,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     str: texts,
     bytes: st.binary(max_size=40),
     list[str]: st.lists(texts, max_size=3),
+    list[int]: st.lists(st.integers(-(2**63), 2**64 - 1), max_size=3),
     list[bytes]: st.lists(st.binary(max_size=8), max_size=3),
     Trace: st.builds(Trace, st.none() | texts, st.none() | texts),
 }
