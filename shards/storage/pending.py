@@ -12,6 +12,8 @@ from shards.history import HistoryLimits
 CHANGES_MAX = 4096
 BYTES_MAX = 2**20
 """With as many changes, or bytes, in the journal, it goes to the tables before the next batch."""
+ALL_BYTES_MAX = 32 * 2**20
+"""Bytes of the journals of a shard: a stream's share of it, if that is less."""
 ROWS_PER_HISTORY = 4
 """A row of the history holds at most its limits divided by this."""
 
@@ -95,10 +97,10 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self.groups)
 
-    @property
-    def is_large(self) -> bool:
-        """Whether it is time to write the tables."""
-        return self._count >= CHANGES_MAX or self._bytes >= BYTES_MAX
+    def is_large(self, streams: int) -> bool:
+        """Whether it is time to write the tables; so many streams have something in journals."""
+        share = ALL_BYTES_MAX // max(streams, 1)
+        return self._count >= CHANGES_MAX or self._bytes >= min(BYTES_MAX, share)
 
     def over_items(
         self, group_key: int, found: Iterable[tuple[str, bytes]]

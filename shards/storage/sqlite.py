@@ -43,6 +43,7 @@ from shards.group import (
 from shards.history import History, HistoryLimits
 from shards.storage.base import Settle, Settled
 from shards.storage.clock_file import ClockFile
+from shards.storage.flushes import Flushes
 from shards.storage.pending import Commit, GroupRow, Trim
 from shards.storage.sqlite_file import (
     DRAFT,
@@ -57,7 +58,9 @@ from shards.storage.threads import Threads
 
 THREADS = 4
 FLUSH_AFTER_S = 0.25
-"""So long at most a change is in a stream's journal and not in its tables."""
+"""So long a change is in a stream's journal and not in its tables, if few streams change."""
+FLUSH_PAUSE_S = 0.005
+"""Between two flushes of a shard."""
 OPEN_FILES_MAX = 512
 """Stream files kept open per shard, and streams in use at once. As many again may be open while
 their disk fails. A file costs `DESCRIPTORS_PER_FILE`, and about 200 KB of memory."""
@@ -87,7 +90,6 @@ class _Stream:
         self.path = path
         self.file: StreamFile | None = None
         self.groups: dict[str, GroupState] = {}
-        self.flush_timer: asyncio.TimerHandle | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.in_use = False
         """Whether somebody works with it: it stays in memory meanwhile."""
@@ -190,7 +192,7 @@ class SqliteStorage:
         self._forgotten_timestamp_ms = 0  # that a client may remember of a group we do not
         self._clock_file = ClockFile(directory)
         self._in_use = asyncio.Semaphore(open_files_max)
-        self._closing = False
+        self._flushes = Flushes(self._flush_soon, FLUSH_AFTER_S, FLUSH_PAUSE_S)
         self._reserved = 0  # places of files that are being opened, or closed for others
         self._wanting_place: deque[asyncio.Future[None]] = deque()
         self._threads = Threads(THREADS, "storage")
@@ -213,10 +215,7 @@ class SqliteStorage:
             remove_files(*drafts)
 
     async def close(self) -> None:
-        self._closing = True  # nobody else may flush a file from now on
-        for stream in self._streams.values():
-            if stream.flush_timer is not None:
-                stream.flush_timer.cancel()
+        self._flushes.close()  # nobody else may flush a file from now on
         await self._tasks.wait()
         with suppress(StorageError):  # then the next life begins a little later than it had to
             await self._in_thread(self._clock_file.close)
@@ -294,7 +293,7 @@ class SqliteStorage:
                 self._forget(state)
             else:
                 raise error
-            if state.file is not None and state.file.pending.is_large:
+            if state.file is not None and state.file.pending.is_large(len(self._flushes)):
                 self._tasks.start(self._flush_and_release(state))
             else:
                 self._flush_later(state)
@@ -353,7 +352,7 @@ class SqliteStorage:
             file = await self._file(state, create=True)
             assert file is not None, "made when it is missing"
             await self._in_thread(self._commit_work(file, changes))
-            if file.pending.is_large:
+            if file.pending.is_large(len(self._flushes)):
                 await self._flush(state)
             self._flush_later(state)
         await self._reserve(settled)
@@ -575,16 +574,14 @@ class SqliteStorage:
 
     def _flush_later(self, state: _Stream) -> None:
         """Have what is in the journal written to the tables before long."""
-        if self._closing or state.flush_timer is not None:
-            return
         if state.file is not None and state.file.pending:
-            loop = asyncio.get_running_loop()
-            state.flush_timer = loop.call_later(FLUSH_AFTER_S, self._flush_soon, state)
+            self._flushes.add(state)
 
-    def _flush_soon(self, state: _Stream) -> None:
-        state.flush_timer = None
-        if state.file is not None:
-            self._tasks.start(self._flush_now(state.name))
+    def _flush_soon(self, state: _Stream) -> bool:
+        if state.file is None or not state.file.pending:
+            return False
+        self._tasks.start(self._flush_now(state.name))
+        return True
 
     async def _flush_now(self, name: str) -> None:
         async with self._use(name) as state:

@@ -514,7 +514,7 @@ class _Template:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(
+        self._connection = sqlite3.Connection(
             ":memory:", isolation_level=None, check_same_thread=False
         )
         _make_tables(self._connection, "")

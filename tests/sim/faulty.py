@@ -129,12 +129,12 @@ def swap_triggers() -> Iterator[None]:
     """Calls of triggers go out in any order."""
     invoke = Invocations.invoke
 
-    def delayed(self: Invocations, function_id: str, *given: Any, **more: Any) -> str | None:
+    def delayed(self: Invocations, function_id: str, *given: Any, **more: Any) -> None:
         if "/changed" in function_id and not len(self._pending) % 3:
             loop = asyncio.get_running_loop()
             loop.call_later(0.02, lambda: invoke(self, function_id, *given, **more))
-            return None
-        return invoke(self, function_id, *given, **more)
+        else:
+            invoke(self, function_id, *given, **more)
 
     with mock.patch.object(Invocations, "invoke", delayed):
         yield

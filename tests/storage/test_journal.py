@@ -112,6 +112,7 @@ async def test_writes_and_flushes_take_turns(
     files: Storages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "FLUSH_AFTER_S", 0)
+    monkeypatch.setattr(sqlite, "FLUSH_PAUSE_S", 0)
     monkeypatch.setattr(pending, "CHANGES_MAX", 7)
     async with files.opened() as storage:
         for n in range(200):
@@ -129,6 +130,7 @@ async def test_the_end_and_a_flush_do_not_meet(
 ) -> None:
     """Written twice, the history would have each change twice, and be of no use."""
     monkeypatch.setattr(sqlite, "FLUSH_AFTER_S", 0.001)
+    monkeypatch.setattr(sqlite, "FLUSH_PAUSE_S", 0)
     for number in range(1, 30):
         async with files.opened() as storage:
             await asyncio.gather(
