@@ -531,7 +531,7 @@ class RemoteChanges:
                 channels = self._channels if self._sharded is None else ()
                 if self._cluster is not None:
                     channels = (self._echo_channel, *channels)
-                await pubsub.subscribe(self._keys.streams, *channels, *self._stream_channels)
+                await pubsub.subscribe(self._keys.present, *channels, *self._stream_channels)
                 if self._hears_others:  # both at once: the script compares how many there are
                     await pubsub.subscribe(self._keys.events, self._keys.listeners)
                 self._pubsub = pubsub

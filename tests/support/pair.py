@@ -138,6 +138,7 @@ class TwoBrokers(Pair):
     Args:
         shared: another pair, whose server is used.
         key_prefix: of the adapter.
+        database: of the server.
     """
 
     def __init__(
@@ -148,14 +149,16 @@ class TwoBrokers(Pair):
         *,
         shared: TwoBrokers | None = None,
         key_prefix: str = "",
+        database: int = 0,
     ) -> None:
         super().__init__(more, stream)
         self._is_shared = shared is not None
         self.server = shared.server if shared is not None else RedisServer()
         prefix = f', key_prefix: "{key_prefix}"' if key_prefix else ""
+        url = f"{self.server.url}/{database}" if database else self.server.url
         config = (
             "workers:\n  - name: iii-stream\n    config:\n      adapter: {name: redis, config:"
-            f' {{redis_url: "{self.server.url}"{prefix}}}}}\n'
+            f' {{redis_url: "{url}"{prefix}}}}}\n'
             + _lines(stream)
             + f"broker: {{gateways: {gateways}{more and ', ' + more}}}\n"
         )
