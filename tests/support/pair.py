@@ -92,11 +92,11 @@ class Pair:
 
 
 class TwoGateways(Pair):
-    """Of one broker, which keeps everything in memory."""
+    """Of one broker, which keeps everything in memory unless `config` says something else."""
 
-    def __init__(self, more: str = "", stream: str = "") -> None:
+    def __init__(self, more: str = "", stream: str = "", *, config: str = IN_MEMORY) -> None:
         super().__init__(more, stream)
-        config = IN_MEMORY + _lines(stream) + f"broker: {{gateways: 2{more and ', ' + more}}}\n"
+        config += _lines(stream) + f"broker: {{gateways: 2{more and ', ' + more}}}\n"
         self.brokers = [Broker(config, gateways=2)]
 
     def metrics_url(self, place: int) -> str:
