@@ -149,6 +149,11 @@ class RedisStorage:
         """Changes of others that could not be told, as they were not kept any more."""
         return self._changes.lost_total
 
+    @property
+    def groups_refused(self) -> int:
+        """Groups of which Redis refuses to tell what was missed; it is asked again."""
+        return self._changes.refused
+
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order.
 

@@ -172,6 +172,11 @@ class RemoteChanges:
             await self._sharded.close()
         await self._tasks.wait()
 
+    @property
+    def refused(self) -> int:
+        """Groups of which Redis refuses to tell what was missed."""
+        return len(self._refused)
+
     def interest(self, group: Group, wanted: bool) -> None:
         """Tell the changes of `group` from its last known position on, or stop it."""
         channel = self._keys.group_keys(group).channel

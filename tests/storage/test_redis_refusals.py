@@ -110,8 +110,10 @@ async def test_a_head_that_is_put_right(redis_server: RedisServer) -> None:
         await miss(one, other, "h")
         await other.until(lambda: other.seqs("h") == [1, 2, 3])
         await other.until(lambda: refusals() >= REFUSALS)
+        await other.until(lambda: other.storage.groups_refused == 1)
         client.rename("kept", head)
         await other.until(lambda: other.seqs() == [1, 2, 3])
+        assert other.storage.groups_refused == 0
 
 
 @asynchronous
