@@ -105,6 +105,8 @@ class RedisClient:
         self._free = asyncio.Semaphore(PIPELINES_MAX)
         self._pool: Any = pool
         self._redis = Redis(connection_pool=pool)
+        self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        """The number of the database that holds the keys."""
 
     @property
     def is_up(self) -> bool:

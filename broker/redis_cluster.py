@@ -67,6 +67,7 @@ class RedisCluster:
         is_copying: bool = False,
     ) -> None:
         self.address = url.address
+        self.database = 0  # there is no other
         self._url = url
         self._key_prefix = key_prefix
         self._is_copying = is_copying

@@ -27,11 +27,12 @@ class RedisPlace:
     alone."""
 
     def __init__(self, url: str, key_prefix: str = "") -> None:
-        self._keys = RedisKeys(key_prefix)
         self._copying_key = copying_key(key_prefix)
         self._client = client_of(url, _nothing, _nothing, key_prefix=key_prefix, is_copying=True)
+        self._keys = RedisKeys(key_prefix, self._client.database)
         where = f" under the key prefix {key_prefix!r}" if key_prefix else ""
-        self._name = f"the Redis at {self._client.address}{where}"
+        database = f"database {self._client.database} of " if self._client.database else ""
+        self._name = f"{database}the Redis at {self._client.address}{where}"
         self._is_entered = 0
 
     async def __aenter__(self) -> Self:
@@ -41,7 +42,7 @@ class RedisPlace:
             if self._client.trouble is not None:
                 raise StorageError("redis_unavailable", self._client.trouble)
             for server in self._client.servers:
-                (reply,) = await server.run([("PUBSUB", "NUMSUB", self._keys.streams)])
+                (reply,) = await server.run([("PUBSUB", "NUMSUB", self._keys.present)])
                 if self._good(reply)[1]:
                     reason = f"{self._name} is in use by a broker; stop it"
                     raise ConfigError(REDIS_URL_KEY, reason)

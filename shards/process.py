@@ -293,6 +293,11 @@ def _metrics(process: Service, requests: Requests, storage: Storage) -> Metrics:
         "Changes of other brokers that could not be told any more, as Redis did not keep them.",
         lambda: storage.changes_lost_total if isinstance(storage, RedisStorage) else 0,
     )
+    metrics.gauge(
+        "groups_refused",
+        "Groups of which Redis refuses to tell what was missed; it is asked again.",
+        lambda: storage.groups_refused if isinstance(storage, RedisStorage) else 0,
+    )
     metrics.gauge("links", "Gateways linked.", lambda: len(requests.links))
     metrics.gauge(
         "link_queue_bytes",

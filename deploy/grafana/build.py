@@ -753,6 +753,56 @@ CLIENTS = Dashboard(
                 ],
             ),
         ],
+        "Other gateways": [
+            Panel(
+                "Linked",
+                "Other gateways that each is linked with, so that its workers are shared: by a "
+                "socket those of its own broker, by Redis those of other brokers.",
+                "short",
+                [("broker_peers", f"{PROCESS} {{{{transport}}}}")],
+            ),
+            Panel(
+                "Links made",
+                "In the last 15 minutes, by each end; more than one for each gateway that was "
+                "started means that links are lost.",
+                "short",
+                [("increase(broker_peer_links_made_total[15m])", PROCESS)],
+            ),
+            Panel(
+                "Queues",
+                "Bytes that other gateways have not taken yet. At half of link_queue_bytes_max "
+                "calls to the workers of that one fail.",
+                "bytes",
+                [("broker_peer_queue_bytes", f"{PROCESS} {{{{transport}}}}")],
+            ),
+            Panel(
+                "Calls",
+                "Calls sent to workers of other gateways; received from there for workers here; "
+                "refused as too much waits for their gateway.",
+                "cps",
+                rates(
+                    ("broker_peer_calls_sent_total", "sent"),
+                    ("broker_peer_calls_received_total", "received"),
+                    ("broker_peer_calls_refused_total", "refused"),
+                ),
+            ),
+            Panel(
+                "Calls pending",
+                "Calls of other gateways that workers here have not answered.",
+                "short",
+                [("broker_peer_calls_pending", PROCESS)],
+            ),
+            Panel(
+                "Heard by Redis",
+                "With Redis: what engines and other programs told subscribers, by outcome, and "
+                "changes of other brokers that could not be told, as they were not kept.",
+                "cps",
+                [
+                    (rate("broker_foreign_events_total", "outcome"), "told {{outcome}}"),
+                    (rate("broker_changes_lost_total"), "changes lost"),
+                ],
+            ),
+        ],
     },
 )
 

@@ -61,7 +61,7 @@ class RedisStorage:
     Args:
         url: of Redis: `redis://`, `rediss://` or `unix://`.
         key_prefix: what all keys and channels begin with; brokers with different ones share
-            nothing.
+            nothing. Those with different databases share what engines and other programs say.
         shard, shards: which groups `groups` tells of; all can be asked.
         remote_changes: called with each change that another broker made to a group of
             `interest`, in order of the group's numbers and in turn with what is settled here.
@@ -94,10 +94,12 @@ class RedisStorage:
         prepare()
         self._clock = clock
         self._shard, self._shards = shard, shards
-        self._keys = RedisKeys(key_prefix)
-        self._settings = Settings(history_limits, response_bytes_max, key_prefix)
         self._told = told
         self._client = client_of(url, self._returned, self._troubled, key_prefix=key_prefix)
+        self._keys = keys = RedisKeys(key_prefix, self._client.database)
+        self._settings = Settings(
+            history_limits, response_bytes_max, key_prefix, keys.channel_prefix
+        )
         if isinstance(self._client, RedisCluster):
             # The original's engines, which know no clusters, don't listen; each node would.
             self._settings = self._settings._replace(serves_others=False)
@@ -146,6 +148,11 @@ class RedisStorage:
     def changes_lost_total(self) -> int:
         """Changes of others that could not be told, as they were not kept any more."""
         return self._changes.lost_total
+
+    @property
+    def groups_refused(self) -> int:
+        """Groups of which Redis refuses to tell what was missed; it is asked again."""
+        return self._changes.refused
 
     async def streams(self) -> list[str]:
         """The streams that may have groups, in any order.

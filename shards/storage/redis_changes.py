@@ -18,6 +18,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from broker import logs
 from broker.clock import Clock
 from broker.errors import StorageError
 from broker.names import Group
-from broker.redis_client import RedisClient
+from broker.redis_client import RETRY_S_MAX, RedisClient
 from broker.redis_cluster import RedisCluster
 from broker.tasks import Tasks
 from shards.group import Change
@@ -63,7 +64,9 @@ SKEW_MS_MAX = 2000
 """That brokers' clocks may differ. It decides only what is new in a group that was not seen since
 its stream was subscribed to, after a lost connection."""
 AWAY_S = 0.1
-"""Seconds before a lost connection is made again."""
+"""Seconds before a lost connection is made again, or what was refused is asked again."""
+RETRIED_MAX = 10_000
+"""Groups that are asked again at a time; attempts are `RETRY_S_MAX` apart, as trouble lasts."""
 
 _log = logs.Log("redis")
 
@@ -137,6 +140,9 @@ class RemoteChanges:
         self._channels: dict[bytes, Group] = {}
         self._positions: OrderedDict[Group, _Position] = OrderedDict()
         self._missing: set[Group] = set()
+        self._refused: dict[Group, None] = {}  # missing too, but Redis did not let us look
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_s = AWAY_S
         self._pubsub: Any = None
         self._wishes: dict[str, bool] = {}
         self._sending = False
@@ -157,12 +163,19 @@ class RemoteChanges:
     async def close(self) -> None:
         """Tell nothing any more."""
         self._closed = True
+        if self._retry is not None:
+            self._retry.cancel()
         while self._listener is not None and not self._listener.done():
             self._listener.cancel()  # again: one that meets a timeout of the library gets lost
             await asyncio.wait([self._listener], timeout=1)
         if self._sharded is not None:
             await self._sharded.close()
         await self._tasks.wait()
+
+    @property
+    def refused(self) -> int:
+        """Groups of which Redis refuses to tell what was missed."""
+        return len(self._refused)
 
     def interest(self, group: Group, wanted: bool) -> None:
         """Tell the changes of `group` from its last known position on, or stop it."""
@@ -282,7 +295,8 @@ class RemoteChanges:
         if missing:
             found = {n: change for n, (of, change) in watched.held.items() if of == epoch}
             if any(n not in found for n in missing):
-                found |= await self._read(group, watched.seq, seq)
+                with suppress(StorageError):
+                    found |= await self._read(group, watched.seq, seq)
             for n in missing:
                 if n in found:
                     self._tell(*group, found[n])
@@ -359,6 +373,31 @@ class RemoteChanges:
                 self._missing.update(groups)
                 await asyncio.sleep(AWAY_S)
         self._healing = False
+        if not self._refused:
+            self._retry_s = AWAY_S
+
+    def _heal_later(self, group: Group, error: StorageError) -> None:
+        """Look once more for what is missing of a group, as Redis refused to tell.
+
+        As long as somebody wants the group: what keeps Redis from it may pass at any time.
+        """
+        if not self._refused and self._retry_s == AWAY_S:
+            _log.warning("redis_refuses_changes", **group._asdict(), reason=error.message)
+        self._refused[group] = None
+        self._retry_soon()
+
+    def _retry_soon(self) -> None:
+        if self._refused and self._retry is None and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(self._retry_s, self._retry_refused)
+
+    def _retry_refused(self) -> None:
+        self._retry = None
+        self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
+        for group in list(islice(self._refused, RETRIED_MAX)):
+            del self._refused[group]
+            self._heal_soon(group)
+        self._retry_soon()
 
     async def _heal_page(self, groups: list[Group]) -> None:
         heads = await self._client.run(
@@ -366,46 +405,67 @@ class RemoteChanges:
         )
         for group, head in zip(groups, heads, strict=True):
             watched = self._watched.get(group)
-            if watched is None or isinstance(head, ResponseError) or head[0] is None:
+            if watched is None:
                 continue
-            epoch, seq = head[0].decode(), int(head[1])
-            stream = self._streams.get(group.stream)
-            if not watched.is_known and stream is not None and not watched.is_wanted:
-                await self._find_new([group])
-                if not watched.is_known:
-                    continue
-            elif not watched.is_known:
-                watched.is_known, watched.epoch, watched.seq = True, epoch, seq
-                continue
-            if watched.epoch == epoch and seq < watched.seq and not watched.busy:
-                self._tell_lost(*group, epoch)
-                continue
-            since = watched.seq if watched.epoch == epoch else seq - 1
-            if since >= seq:
-                continue
-            found = await self._read(group, since, seq)
-            if not watched.busy:
-                held, watched.held = watched.held, {}
-                found |= {n: change for n, (of, change) in held.items() if of == epoch}
-            for n in sorted(found):
-                if n > watched.seq + 1 and not watched.busy:  # no more kept: a gap, told as one
-                    self.lost_total += n - watched.seq - 1
-                    watched.seq = n - 1
-                self._arrived(group, epoch, found[n])
+            if isinstance(head, ResponseError):
+                self._heal_later(group, self._client.refused(head))
+            elif head[0] is not None:
+                try:
+                    await self._heal_group(group, watched, head[0].decode(), int(head[1]))
+                except StorageError as error:
+                    self._heal_later(group, error)
+
+    async def _heal_group(self, group: Group, watched: _Watched, epoch: str, seq: int) -> None:
+        stream = self._streams.get(group.stream)
+        if not watched.is_known and stream is not None and not watched.is_wanted:
+            await self._find_new([group])
+            if not watched.is_known:
+                return
+        elif not watched.is_known:
+            watched.is_known, watched.epoch, watched.seq = True, epoch, seq
+            return
+        if watched.epoch == epoch and seq < watched.seq and not watched.busy:
+            self._tell_lost(*group, epoch)
+            return
+        since = watched.seq if watched.epoch == epoch else seq - 1
+        if since >= seq:
+            return
+        found = await self._read(group, since, seq)
+        if not watched.busy:
+            held, watched.held = watched.held, {}
+            found |= {n: change for n, (of, change) in held.items() if of == epoch}
+        for n in sorted(found):
+            if n > watched.seq + 1 and not watched.busy:  # no more kept: a gap, told as one
+                self.lost_total += n - watched.seq - 1
+                watched.seq = n - 1
+            self._arrived(group, epoch, found[n])
 
     async def _read(self, group: Group, since: int, seq: int) -> dict[int, Change]:
-        """The changes after `since`, which are up to `seq` at least, that are kept; by number."""
+        """The changes after `since`, which are up to `seq` at least, that are kept; by number.
+
+        Raises:
+            StorageError: Redis is away, or may tell later.
+        """
         key = self._keys.group_keys(group).history
         count = seq - since + READ_MORE
         while True:
+            (envelopes,) = await self._client.run([("LRANGE", key, -count, -1)])
+            if isinstance(envelopes, ResponseError):
+                self._raise_passing(envelopes)
+                return {}
             try:
-                (envelopes,) = await self._client.run([("LRANGE", key, -count, -1)])
                 changes = [change_of(envelope) for envelope in envelopes]
-            except (StorageError, TypeError, msgspec.DecodeError):
+            except msgspec.DecodeError:
                 return {}
             if len(changes) < count or changes[0].seq <= since + 1:
                 return {change.seq: change for change in changes if change.seq > since}
             count *= 4  # others go on
+
+    def _raise_passing(self, reply: ResponseError) -> None:
+        """Raise the error for `reply`, if the same may be answered later."""
+        error = self._client.refused(reply)
+        if error.retryable:
+            raise error
 
     # Streams after a lost connection ----------------------------------------------------------
 
@@ -418,8 +478,10 @@ class RemoteChanges:
         while self._streams.get(name) is stream and not self._closed:
             try:
                 (members,) = await self._client.run([("SMEMBERS", self._keys.groups_key(name))])
-                texts = [] if isinstance(members, ResponseError) else members
-                names = [decoded(text.decode(errors="replace")) for text in texts]
+                if isinstance(members, ResponseError):
+                    self._raise_passing(members)
+                    break
+                names = [decoded(text.decode(errors="replace")) for text in members]
                 groups = [Group(name, group_id) for group_id in names if group_id is not None]
                 unseen = [g for g in groups if g not in self._watched and self._owns(g)]
                 for start in range(0, len(unseen), PAGE):
@@ -435,13 +497,18 @@ class RemoteChanges:
         new begins. What is new is told afterwards.
 
         Raises:
-            StorageError: Redis is away.
+            StorageError: Redis is away, or may tell later of one of the groups.
         """
         keys = [self._keys.group_keys(group) for group in groups]
         heads = await self._client.run([("HMGET", k.head, "epoch", "seq", "time") for k in keys])
+        trouble: StorageError | None = None
         for group, head in zip(groups, heads, strict=True):
             stream = self._streams.get(group.stream)
-            if stream is None or stream.since_ms is None or isinstance(head, ResponseError):
+            if stream is None or stream.since_ms is None:
+                continue
+            if isinstance(head, ResponseError):
+                error = self._client.refused(head)
+                trouble = error if error.retryable else trouble
                 continue
             if head[0] is None:
                 continue
@@ -455,7 +522,11 @@ class RemoteChanges:
                 continue
             first = seq + 1
             if time_ms > since_ms:
-                kept = await self._read(group, max(0, seq - NEW_MAX), seq)
+                try:
+                    kept = await self._read(group, max(0, seq - NEW_MAX), seq)
+                except StorageError as error:
+                    trouble = error
+                    continue
                 first = min(
                     (n for n, c in kept.items() if c.timestamp_ms > since_ms), default=first
                 )
@@ -465,6 +536,8 @@ class RemoteChanges:
             watched.is_known, watched.epoch, watched.seq = True, epoch, first - 1
             if not watched.busy:
                 self._heal_soon(group)
+        if trouble is not None:
+            raise trouble
 
     async def _heard_before(
         self, group: Group, watched: _Watched, epoch: str, own: set[int]
@@ -531,7 +604,7 @@ class RemoteChanges:
                 channels = self._channels if self._sharded is None else ()
                 if self._cluster is not None:
                     channels = (self._echo_channel, *channels)
-                await pubsub.subscribe(self._keys.streams, *channels, *self._stream_channels)
+                await pubsub.subscribe(self._keys.present, *channels, *self._stream_channels)
                 if self._hears_others:  # both at once: the script compares how many there are
                     await pubsub.subscribe(self._keys.events, self._keys.listeners)
                 self._pubsub = pubsub

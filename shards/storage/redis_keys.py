@@ -7,6 +7,10 @@ one script touches one slot of a Redis Cluster.
 All of it begins with the key prefix of the configuration, if there is one: names that each end with
 a colon, none of which is `stream` or `broker` (`broker.config`). So no key under one prefix is one
 under another, nor matches a pattern of its keys, also where one prefix begins the other.
+
+Keys are a database's own, channels are of all databases of a server: those where brokers tell one
+another something have the number of the database, unless it is 0. The original's channel has none,
+as the original's engines of all databases meet there.
 """
 
 from __future__ import annotations
@@ -59,20 +63,23 @@ def decoded(text: str) -> str | None:
 
 
 class RedisKeys:
-    """The names under one key prefix.
+    """The names under one key prefix, in one database.
 
     Attributes:
         group_keys: all keys of a group, in one slot; those of the last ones are kept made.
         events: channel where the original engines tell, and are told of, every change.
         listeners: channel, on which nothing is told; all brokers that listen on `events` listen
-            there too, so that how many there are tells whether somebody else does.
+            there too, whatever their database is, so that how many there are tells whether
+            somebody else does.
+        present: channel, on which nothing is told; all brokers listen there as long as they run.
+        channel_prefix: what channels begin with on which brokers tell one another something.
         data_pattern: matches the keys of all groups' items, whatever their names are.
         head_pattern: matches the keys of all groups' heads.
         own_pattern: matches all that is not the groups' items.
         streams: a set: encoded names of streams that may have groups.
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", database: int = 0) -> None:
         self.prefix = prefix
         self._data = f"{prefix}stream:"
         self._data_bytes = self._data.encode()
@@ -83,6 +90,8 @@ class RedisKeys:
         self.head_pattern = f"{self._own}{{*}}:head:*"
         self.own_pattern = f"{self._own}*"
         self.streams = f"{self._own}streams"
+        self.channel_prefix = f"{self._own}db{database}:" if database else self._own
+        self.present = f"{self.channel_prefix}streams"
         self.group_keys: Callable[[Group], GroupKeys] = lru_cache(maxsize=KEYS_CACHED)(
             self._group_keys
         )
@@ -108,21 +117,21 @@ class RedisKeys:
 
     def stream_channel(self, stream: str) -> str:
         """Where the changes of all groups of a stream are told, for those with triggers on it."""
-        return f"{self._own}changes:{encoded(stream)}"
+        return f"{self.channel_prefix}changes:{encoded(stream)}"
 
     def echo_channel(self, listener: str) -> str:
         """Where a listener says something to itself, to hear it behind what others said before."""
-        return f"{self._own}echo:{listener}"
+        return f"{self.channel_prefix}echo:{listener}"
 
     def _group_keys(self, group: Group) -> GroupKeys:
         data = self.data_key(group)
         slot = slot_of(data)
         tag = tag_of(slot)
         names = data[len(self._data) :]
-        head, order, history, channel = (
-            f"{self._own}{{{tag}}}:{kind}:{names}"
-            for kind in ("head", "order", "history", "changes")
+        head, order, history = (
+            f"{self._own}{{{tag}}}:{kind}:{names}" for kind in ("head", "order", "history")
         )
+        channel = f"{self.channel_prefix}{{{tag}}}:changes:{names}"
         return GroupKeys(data, head, order, history, channel, names_text(*group), slot)
 
 

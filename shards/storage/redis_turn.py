@@ -105,6 +105,8 @@ class Settings(NamedTuple):
     history: HistoryLimits
     response_bytes_max: int
     key_prefix: str = ""
+    channel_prefix: str = "broker:"
+    """Of the channels on which brokers tell one another of changes."""
     serves_others: bool = True
     """Whether changes are told on the original's channel too, when somebody listens there."""
 
@@ -121,7 +123,7 @@ class Settings(NamedTuple):
         return [
             *(now_ms, limits.events_max, age_ms_max, limits.group_bytes_max),
             *(self.response_bytes_max, idle_ms_max, epoch, publish, self.key_prefix),
-            int(self.serves_others),
+            *(self.channel_prefix, int(self.serves_others)),
         ]
 
 

@@ -94,7 +94,7 @@ async def come_and_go(
 def main() -> None:
     into = REPOSITORY / "docs" / "pictures"
     with tempfile.TemporaryDirectory() as directory, Broker(CONFIG, shards=SHARDS) as broker:
-        prometheus = Prometheus(broker, Path(directory))
+        prometheus = Prometheus(Path(directory), broker)
         try:
             prometheus.wait_for_scrapes()
             end = asyncio.run(load(broker))

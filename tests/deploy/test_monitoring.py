@@ -1,7 +1,8 @@
 """Dashboards and alerts: well formed, and about metrics that a broker has.
 
-A real Prometheus scrapes a real broker under load with the shipped configuration; every query of
-every dashboard and alert is then evaluated as of the end of the load.
+A real Prometheus scrapes real brokers under load with the shipped configuration; every query of
+every dashboard and alert is then evaluated as of the end of the load. One broker has files and two
+gateways, another a Redis.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from broker.config import Overrides
 from tests.conftest import Run
 from tests.support.broker import REPOSITORY, Broker, free_ports
 from tests.support.calls import item, result_of
+from tests.support.pair import TwoGateways, until_has
+from tests.support.redis_server import IS_INSTALLED, RedisServer
 from tests.support.stream_client import UPGRADE, RawHttp, StreamClient
-from tests.support.worker import Worker
 
 GRAFANA = REPOSITORY / "deploy" / "grafana"
 PROMETHEUS = REPOSITORY / "deploy" / "prometheus"
@@ -44,6 +47,12 @@ workers:
       auth_function: access::check
       adapter: {name: kv, config: {store_method: file_based}}
 """
+REDIS_CONFIG = """\
+workers:
+  - name: iii-stream
+    config:
+      adapter: {name: redis, config: {redis_url: "%s"}}
+"""
 SHARDS = 2
 SCRAPES = 6
 """Of each process, one per second, before queries are evaluated."""
@@ -55,6 +64,13 @@ EMPTY = {
     ("shards: Groups and events in memory", 'broker_history_bytes{shard=~"$shard"}'),
 }
 """Panels, and those of their queries, that have nothing to show here."""
+if not IS_INSTALLED:
+    EMPTY.add(
+        (
+            "clients: Heard by Redis",
+            "sum by (outcome) (rate(broker_foreign_events_total[$__rate_interval]))",
+        )
+    )
 
 installed = pytest.mark.skipif(not BINARY.exists(), reason="prometheus is not installed")
 
@@ -164,15 +180,15 @@ def test_promtool_accepts(arguments: tuple[str, ...]) -> None:
 
 
 class Prometheus:
-    """A Prometheus that scrapes `broker` every second with the shipped rules. Close it."""
+    """A Prometheus that scrapes `brokers` every second with the shipped rules. Close it."""
 
-    def __init__(self, broker: Broker, directory: Path) -> None:
+    def __init__(self, directory: Path, *brokers: Broker) -> None:
         shipped = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         shipped["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         shipped["rule_files"] = [str(PROMETHEUS / "alerts.yml")]
-        first = int(broker.metrics_url.split("/")[2].rpartition(":")[2])
-        for k, target in enumerate(shipped["scrape_configs"][0]["static_configs"]):
-            target["targets"] = [f"127.0.0.1:{first + k}"]
+        targets = [target for broker in brokers for target in _targets(broker)]
+        shipped["scrape_configs"][0]["static_configs"] = targets
+        self._processes = len(targets)
         (directory / "prometheus.yml").write_text(yaml.safe_dump(shipped))
         port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
@@ -209,7 +225,7 @@ class Prometheus:
     def wait_for_scrapes(self) -> float:
         """Return when each process was scraped often enough; the time of that."""
         scrapes = 'count_over_time(broker_build_info{job="broker"}[1h])'
-        enough = f"count({scrapes} >= {SCRAPES}) == {1 + SHARDS}"
+        enough = f"count({scrapes} >= {SCRAPES}) == {self._processes}"
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             assert self._process.poll() is None, self._output.read_text()
@@ -231,33 +247,73 @@ class Prometheus:
         return True
 
 
+def _targets(broker: Broker) -> list[dict[str, Any]]:
+    """Of a broker's processes, with labels as the shipped ones have."""
+    first = int(broker.metrics_url.split("/")[2].rpartition(":")[2])
+    names = ["gateway", *(f"shard-{k}" for k in range(broker.shards))]
+    names += [f"gateway-{k}" for k in range(1, broker.gateways)]
+    return [
+        {"targets": [f"127.0.0.1:{first + k}"], "labels": {"process": name}}
+        for k, name in enumerate(names)
+    ]
+
+
 @pytest.fixture(scope="module")
 def scraped(
     tmp_path_factory: pytest.TempPathFactory, run: Run
 ) -> Iterator[tuple[Prometheus, float]]:
-    """A Prometheus that has seen a loaded broker, and the time of that."""
-    with Broker(CONFIG, shards=SHARDS) as broker:
-        prometheus = Prometheus(broker, tmp_path_factory.mktemp("prometheus"))
-        try:
-            yield prometheus, run(_load_until_scraped(broker, prometheus))
-        finally:
-            prometheus.close()
+    """A Prometheus that has seen loaded brokers, and the time of that."""
+    with ExitStack() as stack:
+        pair = stack.enter_context(TwoGateways(config=CONFIG))
+        brokers, redis = [pair.broker], None
+        if IS_INSTALLED:
+            redis = stack.enter_context(RedisServer())
+            brokers.append(stack.enter_context(Broker(REDIS_CONFIG % redis.url, shards=1)))
+        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), *brokers)
+        stack.callback(prometheus.close)
+        scraping = asyncio.to_thread(prometheus.wait_for_scrapes)
+
+        async def load_all() -> float:
+            scraped = asyncio.create_task(scraping)
+            async with asyncio.TaskGroup() as loads:
+                loads.create_task(_load_until(scraped, pair))
+                if redis is not None:
+                    loads.create_task(_load_redis_until(scraped, brokers[1], redis))
+            return await scraped
+
+        yield prometheus, run(load_all())
 
 
-async def _load_until_scraped(broker: Broker, prometheus: Prometheus) -> float:
+async def _load_redis_until(
+    scraped: asyncio.Task[float], broker: Broker, redis: RedisServer
+) -> None:
+    """What another program tells subscribers, again and again."""
+    message = {"type": "stream", "timestamp": 1, "streamName": "chat", "groupId": "room"}
+    text = json.dumps(message | {"event": {"type": "update", "data": 1}})
+    async with await StreamClient.open(broker.stream_url) as client:
+        await client.join("chat", "room")
+        while not scraped.done():
+            redis.client.publish("stream::events", text)
+            await asyncio.sleep(0.1)
+
+
+async def _load_until(scraped: asyncio.Task[float], pair: TwoGateways) -> None:
     """Something of everything that a broker does, and faults of callers, again and again."""
-    worker = await Worker.open(broker.worker_url)
+    broker = pair.broker
+    await pair.back()
+    worker, other = await pair.worker(0), await pair.worker(1)
+    await other.register_function("elsewhere::where", lambda _: "there")
+    await until_has(worker, "elsewhere::where")
     await worker.register_function("access::check", lambda _: {"context": {"user": 1}})
     await worker.register_function("audit::changed", lambda _: None)
     await worker.register_trigger("stream", "audit::changed", {"stream_name": "chat"})
     await worker.barrier()
-    scraping = asyncio.create_task(asyncio.to_thread(prometheus.wait_for_scrapes))
     staying = [await StreamClient.open(broker.stream_url) for _ in range(3)]
     for client in staying:
         for group in range(8):
             await client.join("chat", f"room-{group}", f"s{group}")
     turn = 0
-    while not scraping.done():
+    while not scraped.done():
         turn += 1
         calls = [
             worker.call(f"stream::{name}", item("chat", f"room-{group}", "m", data=turn))
@@ -266,6 +322,7 @@ async def _load_until_scraped(broker: Broker, prometheus: Prometheus) -> float:
         ]
         await asyncio.gather(*calls)
         await result_of(worker, "stream::list", {"stream_name": "chat", "group_id": "room-1"})
+        assert await result_of(worker, "elsewhere::where", {}) == "there"
         refused = {"ops": [{"type": "no such operation"}]}
         await worker.call("stream::update", item("chat", "room-1", "m", **refused))
         async with await StreamClient.open(broker.stream_url) as passing:
@@ -273,9 +330,8 @@ async def _load_until_scraped(broker: Broker, prometheus: Prometheus) -> float:
         async with await RawHttp.request(broker.stream_url, UPGRADE.replace(b"/ ", b"/no ")) as raw:
             assert (await raw.response()).status == 404
         await asyncio.sleep(0.02)
-    for connection in (*staying, worker):
+    for connection in (*staying, worker, other):
         await connection.close()
-    return await scraping
 
 
 def _has_data(series: list[dict[str, Any]]) -> bool:

@@ -224,6 +224,27 @@ def test_between_prefixes_of_one_redis(run: Run, server: RedisServer, tmp_path: 
         assert run(contents(broker)) == before
 
 
+def test_between_databases_of_one_redis(run: Run, server: RedisServer, tmp_path: Path) -> None:
+    """A broker of one database is in the way there alone."""
+    paths = [
+        written(tmp_path / f"{n}.yaml", config(f"{server.url}/{n}" if n else server.url))
+        for n in range(3)
+    ]
+    with Broker(config(f"{server.url}/1")) as broker:
+        run(fill_exactly(broker))
+        before = run(contents(broker))
+        code, _, errors = done("copy", "--from", paths[1], "--to", paths[2])
+        refused = f"database 1 of the Redis at 127.0.0.1:{server.port} is in use by a broker"
+        assert (code, refused in errors) == (2, True), errors
+    with Broker(config(server.url)):
+        code, _, errors = done("copy", "--from", paths[1], "--to", paths[0])
+        assert (code, "in use by a broker" in errors) == (2, True), errors
+        code, _, errors = done("copy", "--from", paths[1], "--to", paths[2])
+        assert code == 0, errors
+    with Broker(config(f"{server.url}/2")) as broker:
+        assert run(contents(broker)) == before
+
+
 def test_killed_at_any_moment(run: Run, server: RedisServer, tmp_path: Path) -> None:
     """The source stays as it is, no broker serves what is half there, the next run does it all."""
     kv = written(tmp_path / "kv.yaml", kv_config(tmp_path / "data"))

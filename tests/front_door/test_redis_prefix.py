@@ -1,11 +1,13 @@
-"""Brokers with different key prefixes on one Redis: each pair is alone with its own."""
+"""Brokers with different key prefixes or databases on one Redis: each pair has its own."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import redis
 
 from tests.conftest import Run
 from tests.support.calls import item, result_of
@@ -19,6 +21,7 @@ pytestmark = [
 ]
 
 FIRST, SECOND = "team:", "team:chat:"
+GATEWAYS = "broker:gateways"
 
 
 async def fires(writer: Worker, taker: Worker, data: Any) -> None:
@@ -31,9 +34,21 @@ async def fires(writer: Worker, taker: Worker, data: Any) -> None:
     await until(is_taken)
 
 
-def test_two_deployments_on_one_redis(run: Run) -> None:
-    async def main(pairs: list[TwoBrokers]) -> None:
-        client = pairs[0].server.client
+def see_apart(
+    run: Run,
+    pairs: list[TwoBrokers],
+    *,
+    strange: Callable[[], list[str]],
+    gateways: Callable[[], list[int]],
+) -> None:
+    """Use the pairs for the same names, and see that each has its own.
+
+    Args:
+        strange: keys and channels in Redis that no pair should have.
+        gateways: how many of each pair are entered in Redis.
+    """
+
+    async def main() -> None:
         for pair in pairs:
             await pair.back()
         workers = [[await pair.worker(0), await pair.worker(1)] for pair in pairs]
@@ -89,22 +104,55 @@ def test_two_deployments_on_one_redis(run: Run) -> None:
         # What is in Redis, and who is left when one pair goes.
         async with asyncio.timeout(10):  # whatever may be there for a moment
             for _ in range(20):
-                names = {*client.scan_iter(), *client.pubsub_channels()}
-                assert [name for name in names if not name.startswith(FIRST)] == []
+                assert strange() == []
                 await asyncio.sleep(0.05)
-        assert client.hlen("team:broker:gateways") == 2
-        assert client.hlen("team:chat:broker:gateways") == 2
+        assert gateways() == [2, 2]
         assert [pair.metric(place, "broker_peers") for pair in pairs for place in (0, 1)] == [1] * 4
         for pair in (workers, clients):
             for one in (*pair[0], *pair[1]):
                 await one.close()
 
+    run(main())
+    for broker in pairs[1].brokers:
+        assert broker.stop() == 0
+    assert gateways() == [2, 0]
+
+
+def test_two_deployments_on_one_redis(run: Run) -> None:
     with (
         TwoBrokers(key_prefix=FIRST) as one,
         TwoBrokers(shared=one, key_prefix=SECOND) as other,
     ):
-        run(main([one, other]))
-        for broker in other.brokers:
-            assert broker.stop() == 0
-        assert one.server.client.hlen("team:chat:broker:gateways") == 0
-        assert one.server.client.hlen("team:broker:gateways") == 2
+        client = one.server.client
+
+        def strange() -> list[str]:
+            names = {*client.scan_iter(), *client.pubsub_channels()}
+            return [name for name in names if not name.startswith(FIRST)]
+
+        def gateways() -> list[int]:
+            return [client.hlen(f"{prefix}{GATEWAYS}") for prefix in (FIRST, SECOND)]
+
+        see_apart(run, [one, other], strange=strange, gateways=gateways)
+
+
+def test_two_deployments_on_databases_of_one_redis(run: Run) -> None:
+    with TwoBrokers(database=1) as one, TwoBrokers(shared=one, database=2) as other:
+        server = one.server
+        clients: list[Any] = [redis.Redis(port=server.port, db=database) for database in (1, 2)]
+
+        def strange() -> list[str]:
+            """Keys of no database, and channels that do not say of which they are."""
+            common = {"stream::events", "broker:listeners"}
+            begins = ("broker:db1:", "broker:db2:")
+            channels = set(server.client.pubsub_channels()) - common
+            names = {*server.client.scan_iter(), *channels}
+            return [name for name in names if not name.startswith(begins)]
+
+        def gateways() -> list[int]:
+            return [client.hlen(GATEWAYS) for client in clients]
+
+        try:
+            see_apart(run, [one, other], strange=strange, gateways=gateways)
+        finally:
+            for client in clients:
+                client.close()

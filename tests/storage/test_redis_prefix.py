@@ -1,11 +1,11 @@
-"""Storages with different key prefixes on one Redis: they share nothing."""
+"""Storages with different key prefixes on one Redis share nothing, with databases hardly."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -36,12 +36,15 @@ async def members(url: str, *prefixes: str) -> AsyncIterator[list[Member]]:
             await member.storage.close()
 
 
-async def until_listened(server: RedisServer, prefix: str, count: int) -> None:
-    """So many are there that hear changes of stream `s`, and what others say."""
-    keys = RedisKeys(prefix)
-    channels = (keys.stream_channel("s"), keys.events)
+async def until_listened(
+    server: RedisServer, prefix: str, count: int, database: int = 0, listeners: int | None = None
+) -> None:
+    """So many are there that hear changes of stream `s`, and what others say; `listeners`: so many
+    hear that, if they are more."""
+    keys = RedisKeys(prefix, database)
+    expected = [(keys.stream_channel("s"), count), (keys.events, listeners or count)]
     async with asyncio.timeout(10):
-        while {n for _, n in server.client.pubsub_numsub(*channels)} != {count}:
+        while server.client.pubsub_numsub(*dict(expected)) != expected:
             await asyncio.sleep(0.005)
 
 
@@ -90,6 +93,68 @@ async def test_nobody_hears_or_finds_what_has_another(redis_server: RedisServer)
             assert json.loads(member.foreign[0].event)["data"] == place
             assert set(await member.storage.groups("s")) == groups
             assert await member.storage.streams() == ["s"]
+
+
+DATABASES = [0, 1, 2]
+
+
+@asynccontextmanager
+async def members_of_databases(server: RedisServer, prefix: str) -> AsyncIterator[list[Member]]:
+    """Two of each database."""
+    async with AsyncExitStack() as stack:
+        found: list[Member] = []
+        for database in [*DATABASES, *DATABASES]:
+            member = members(f"{server.url}/{database}", prefix)
+            found += await stack.enter_async_context(member)
+        for database in DATABASES:
+            await until_listened(server, prefix, 2, database, len(found))
+        yield found
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@asynchronous
+async def test_databases_share_only_what_others_say(redis_server: RedisServer, prefix: str) -> None:
+    async with members_of_databases(redis_server, prefix) as found:
+        writers, hearers = found[:3], found[3:]
+        for n, writer in enumerate(writers):
+            await writer.perform(*[put("i", n)] * (n + 1), put("i", n, f"own{n}"))
+        message = {"type": "stream", "timestamp": 1, "streamName": "s", "groupId": "g"}
+        message |= {"event": {"type": "update", "data": 7}}
+        redis_server.client.publish(f"{prefix}stream::events", json.dumps(message))
+        for writer in writers:
+            await writer.perform(put("last", 1))
+        for n, hearer in enumerate(hearers):
+            await hearer.until(lambda m=hearer, n=n: len(m.seqs()) == n + 2)
+        for n, member in enumerate(found):
+            place = n % 3
+            await member.until(lambda m=member: len(m.foreign) == 1)
+            assert {group for group, _ in member.heard} == {"g", f"own{place}"}
+            assert member.seqs() == list(range(1, place + 3))
+            assert {c.data for _, c in member.heard if c.item_id == "i"} == {b"%d" % place}
+            assert set(await member.storage.groups("s")) == {"g", f"own{place}"}
+
+
+@asynchronous
+async def test_brokers_of_other_databases_do_not_count_as_engines(
+    redis_server: RedisServer,
+) -> None:
+    """What they do is told to brokers alone, until somebody else listens."""
+    client = redis_server.client
+
+    async def told(member: Member) -> int:
+        client.config_resetstat()
+        await member.perform(put("i", 1))
+        stats: dict[str, Any] = client.info("commandstats")
+        return int(stats["cmdstat_publish"]["calls"])
+
+    async with members_of_databases(redis_server, "") as found:
+        assert [await told(member) for member in found] == [2] * len(found)
+        with client.pubsub() as engine:
+            engine.subscribe("stream::events")
+            engine.get_message(timeout=5)
+            assert [await told(member) for member in found] == [3] * len(found)
+        for member in found:
+            assert member.foreign == []
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])

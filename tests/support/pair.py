@@ -92,11 +92,11 @@ class Pair:
 
 
 class TwoGateways(Pair):
-    """Of one broker, which keeps everything in memory."""
+    """Of one broker, which keeps everything in memory unless `config` says something else."""
 
-    def __init__(self, more: str = "", stream: str = "") -> None:
+    def __init__(self, more: str = "", stream: str = "", *, config: str = IN_MEMORY) -> None:
         super().__init__(more, stream)
-        config = IN_MEMORY + _lines(stream) + f"broker: {{gateways: 2{more and ', ' + more}}}\n"
+        config += _lines(stream) + f"broker: {{gateways: 2{more and ', ' + more}}}\n"
         self.brokers = [Broker(config, gateways=2)]
 
     def metrics_url(self, place: int) -> str:
@@ -138,6 +138,7 @@ class TwoBrokers(Pair):
     Args:
         shared: another pair, whose server is used.
         key_prefix: of the adapter.
+        database: of the server.
     """
 
     def __init__(
@@ -148,14 +149,16 @@ class TwoBrokers(Pair):
         *,
         shared: TwoBrokers | None = None,
         key_prefix: str = "",
+        database: int = 0,
     ) -> None:
         super().__init__(more, stream)
         self._is_shared = shared is not None
         self.server = shared.server if shared is not None else RedisServer()
         prefix = f', key_prefix: "{key_prefix}"' if key_prefix else ""
+        url = f"{self.server.url}/{database}" if database else self.server.url
         config = (
             "workers:\n  - name: iii-stream\n    config:\n      adapter: {name: redis, config:"
-            f' {{redis_url: "{self.server.url}"{prefix}}}}}\n'
+            f' {{redis_url: "{url}"{prefix}}}}}\n'
             + _lines(stream)
             + f"broker: {{gateways: {gateways}{more and ', ' + more}}}\n"
         )

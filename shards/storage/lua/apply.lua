@@ -4,10 +4,11 @@
 -- KEYS: of each group its data, head, order and history.
 -- ARGV: the wall clock in ms; the history's limits (events, ms, bytes); the bytes of values that one
 -- answer may hold; ms after which an empty group is forgotten; an epoch for groups that have none;
--- the command that tells other brokers; what the names of channels begin with; 1 if the original's
--- channel is served; then for each group its names as JSON members, the channel of its changes, an
--- epoch and the last number in it that was told ('' and 0 if none is known), how many operations,
--- how many arguments these have, and they, each as its name and its own arguments.
+-- the command that tells other brokers; what the name of the original's channel begins with, and
+-- those of channels for brokers; 1 if the original's channel is served; then for each group its names
+-- as JSON members, the channel of its changes, an epoch and the last number in it that was told (''
+-- and 0 if none is known), how many operations, how many arguments these have, and they, each as its
+-- name and its own arguments.
 --
 -- Returns a text and values, few and large, as clients spend their time on each. The text has for
 -- each group: 0, 1 if it began, and for each operation that was performed 0, done; 1, there is
@@ -26,7 +27,8 @@ local function take_number()
 end
 local now, events_max, age_ms_max = take_number(), take_number(), take_number()
 local bytes_max, answer_bytes_max, idle_ms = take_number(), take_number(), take_number()
-local new_epoch, publish, prefix, serves_others = take(), take(), take(), take() == '1'
+local new_epoch, publish, prefix = take(), take(), take()
+local channel_prefix, serves_others = take(), take() == '1'
 local numbers, answer = {}, { '' }
 
 local EVENTS = prefix .. 'stream::events'
@@ -174,7 +176,7 @@ local function tell_brokers()
         redis.pcall(publish, channel, epoch .. ' ' .. envelopes)
         -- For those with triggers on the stream. Names in a channel have no colon.
         local stream, group = string.match(channel, ':([^:]*):([^:]*)$')
-        redis.pcall('PUBLISH', prefix .. 'broker:changes:' .. stream,
+        redis.pcall('PUBLISH', channel_prefix .. 'changes:' .. stream,
             epoch .. ':' .. text_of(seq) .. ':' .. group .. ':' .. envelopes)
         told, told_bytes = {}, 0
     end

@@ -53,32 +53,66 @@ def test_keys_that_name_no_group() -> None:
         assert RedisKeys("x:").group_of_data_key(key) is None
 
 
-def names_under(prefix: str, group: Group) -> set[str]:
+databases = st.sampled_from([0, 1, 11])
+
+
+def channels_of(keys: RedisKeys, group: Group) -> set[str]:
+    """Where brokers tell one another something."""
+    of_stream, own = keys.stream_channel(group.stream), keys.group_keys(group).channel
+    return {of_stream, own, keys.present, keys.echo_channel("ab12")}
+
+
+def names_under(prefix: str, group: Group, database: int = 0) -> set[str]:
     """Keys and channels, each of them that belongs to a group or to nobody in particular."""
-    keys = RedisKeys(prefix)
+    keys = RedisKeys(prefix, database)
     own = (keys.events, keys.listeners, keys.streams, probe_key(prefix, 1), copying_key(prefix))
-    of_stream = (keys.groups_key(group.stream), keys.stream_channel(group.stream))
+    of_stream = (keys.groups_key(group.stream), *channels_of(keys, group))
     return {*keys.group_keys(group)[:5], *own, *of_stream}
 
 
-@given(prefixes, prefixes, names, names)
-def test_prefixes_share_nothing(prefix: str, more: str, stream: str, group_id: str) -> None:
+@given(prefixes, prefixes, st.tuples(databases, databases), names, names)
+def test_prefixes_share_nothing(
+    prefix: str, more: str, pair: tuple[int, int], stream: str, group_id: str
+) -> None:
     """Also where one begins the other, whatever groups are called."""
     assume(more)
-    group = Group(stream, group_id)
-    short, long = RedisKeys(prefix), RedisKeys(prefix + more)
-    for one, other in ((short, long), (long, short)):
-        found = names_under(other.prefix, group)
+    group, (database, other_database) = Group(stream, group_id), pair
+    short, long = RedisKeys(prefix, database), RedisKeys(prefix + more, other_database)
+    short_names = names_under(prefix, group, database)
+    long_names = names_under(prefix + more, group, other_database)
+    for one, other, found in ((short, long, long_names), (long, short, short_names)):
         assert all(name.startswith(other.prefix) for name in found)
         for name in found:
             assert one.group_of_data_key(name.encode()) is None
             for pattern in (one.data_pattern, one.head_pattern, one.own_pattern):
                 assert not fnmatchcase(name, pattern)
-    assert not names_under(short.prefix, group) & names_under(long.prefix, group)
+    assert not short_names & long_names
     # A group of one that is called what a key of the other is.
-    for name in names_under(long.prefix, group):
+    for name in long_names:
         end = name.removeprefix(prefix)
-        assert not names_under(short.prefix, Group(end, end)) & names_under(long.prefix, group)
+        assert not names_under(prefix, Group(end, end), database) & long_names
+
+
+@given(prefixes, st.lists(databases, min_size=2, max_size=2, unique=True), names, names)
+def test_databases_share_no_channel(
+    prefix: str, pair: list[int], stream: str, group_id: str
+) -> None:
+    """But the original's, whatever groups are called; keys have the same names in all."""
+    group = Group(stream, group_id)
+    one, other = (RedisKeys(prefix, database) for database in pair)
+    assert (one.events, one.listeners) == (other.events, other.listeners)
+    assert one.group_keys(group)[:4] == other.group_keys(group)[:4]
+    told = channels_of(one, group)
+    assert not told & channels_of(other, group)
+    for name in told:
+        end = name.removeprefix(prefix)
+        assert not told & channels_of(other, Group(end, end))
+
+
+def test_channels_of_the_first_database_have_no_number() -> None:
+    channels = channels_of(RedisKeys("x:"), Group("s", "g"))
+    assert {"x:broker:changes:s", "x:broker:streams"} < channels
+    assert not any("db0" in name for name in channels)
 
 
 def test_data_lies_where_the_original_has_it() -> None:
