@@ -302,7 +302,8 @@ class _Run:
         busy += [c.client.loop.name for c in self.network.open() if not c.quiet]
         self._quiet_looks = 0 if busy else self._quiet_looks + 1
         if self._quiet_looks < QUIET_LOOKS and self.world.now < until:
-            self.world.after(1.0, self._look, until)
+            # Not in step with the pings, which are on the way for a moment each.
+            self.world.after(self.world.rng.uniform(0.5, 1.5), self._look, until)
             return
         if busy:
             self.wrong.append(Violation("stuck", f"{', '.join(busy)} after {REST_S_MAX:.0f} s"))
