@@ -19,8 +19,9 @@ WINDOW_S = 10.0
 """What is told is of the last one to two of these."""
 
 EXACT = 200
-"""Things of a second that are all looked at; of those that follow one in `EACH` is."""
+"""Things of a second that are all looked at, unless looking is expensive."""
 EACH = 64
+"""Of the things that follow in that second one in so many is looked at."""
 
 
 class Sampler:
@@ -29,15 +30,18 @@ class Sampler:
 
     Who counts one adds it to `total`. When that reaches `due`, it is to be looked at, and `take`
     says how many it stands for: what most things cost is an addition and a comparison.
+
+    Args:
+        exact: of each second so many are all looked at.
     """
 
-    __slots__ = ("_exact_until", "_state", "due", "total")
+    __slots__ = ("_exact", "_exact_until", "_state", "due", "total")
 
-    def __init__(self) -> None:
+    def __init__(self, exact: int = EXACT) -> None:
         self.total = 0
         self.due = 1
         self._state = 1
-        self._exact_until = EXACT
+        self._exact = self._exact_until = exact
 
     def take(self) -> int:
         """The thing that was counted last is looked at. Returns for how many it stands."""
@@ -52,7 +56,7 @@ class Sampler:
 
     def refill(self) -> None:
         """A second is over."""
-        self.due, self._exact_until = self.total + 1, self.total + EXACT
+        self.due, self._exact_until = self.total + 1, self.total + self._exact
 
 
 _count = itemgetter(1)

@@ -11,6 +11,8 @@ from gateway.hub import Hub
 
 _TIMESTAMP = b'"timestamp":'  # near the beginning of every envelope, see `shards.events`
 _LOOKED_AT = 64
+EXACT = 50
+"""Pieces of a second that are all measured; each group of a piece is counted by its name then."""
 
 
 class FanOut:
@@ -26,7 +28,7 @@ class FanOut:
         self._hub = hub
         self.last: Event | None = None
         """Of the events of the piece that is being taken; it is looked at."""
-        self._sampler = Sampler()
+        self._sampler = Sampler(EXACT)
         self.durations = Histogram(SECONDS)
         self.sizes = Histogram(SIZES)
         self.delays = Histogram(SECONDS)
