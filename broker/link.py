@@ -12,9 +12,6 @@ from broker.messages import Message
 
 M = TypeVar("M")
 
-FLUSHED_AT = 64
-"""Messages that are sent without waiting for the end of the turn: the peer works on them meanwhile.
-With fewer, a shard's commits are so much smaller that more of them cost more than that gains."""
 _HIGH_WATER_BYTES = 2**20
 
 
@@ -35,6 +32,8 @@ class Link(asyncio.Protocol, Generic[M]):
     that calls wait where they come from. Only the shard's end does so: if both did, each could
     wait for the other. What waits all the same is bounded by `queue_bytes_max`; past it the link is
     cut, and the gateway links again and asks for what it missed.
+
+    With `flush_at` so many messages are sent without waiting for the end of the turn.
     """
 
     def __init__(
@@ -44,11 +43,13 @@ class Link(asyncio.Protocol, Generic[M]):
         queue_bytes_max: int,
         *,
         pause_when_full: bool,
+        flush_at: int = 0,
     ) -> None:
         self._owner = owner
         self._reader = new_reader()
         self._queue_bytes_max = queue_bytes_max
         self._pause_when_full = pause_when_full
+        self._flush_at = flush_at
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._waiting: list[Message] = []
@@ -66,7 +67,7 @@ class Link(asyncio.Protocol, Generic[M]):
         if not self._waiting:
             self._loop.call_soon(self._flush)
         self._waiting.append(message)
-        if len(self._waiting) >= FLUSHED_AT:
+        if len(self._waiting) == self._flush_at:
             self._flush()
 
     @property
