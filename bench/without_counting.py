@@ -1,7 +1,8 @@
 """Makes processes of the broker count nothing: for `bench.metrics_cost` to compare with.
 
 `install` has every module of the broker compiled without the statements that only count: additions
-to counters, observations of histograms, samples for `broker top` and for rates.
+to counters, observations of histograms, samples for `broker top` and for rates. `python -m
+bench.without_counting FOLDER` takes them out of the modules of another checkout, for `bench.compare`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import CodeType, ModuleType
 
 PACKAGES = ("broker", "gateway", "shards")
@@ -97,3 +99,20 @@ class _Finder(MetaPathFinder):
 def install() -> None:
     """From now on, in this process."""
     sys.meta_path.insert(0, _Finder())
+
+
+def main() -> int:
+    """Rewrite the modules in the folder that is named."""
+    (folder,) = map(Path, sys.argv[1:])
+    if folder.resolve() == Path(__file__).resolve().parents[1]:
+        print("that is this checkout: name another one", file=sys.stderr)
+        return 2
+    for package in PACKAGES:
+        for path in (folder / package).rglob("*.py"):
+            tree, _ = stripped(path.read_text(encoding="utf-8"))
+            path.write_text(ast.unparse(tree), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
