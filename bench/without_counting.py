@@ -1,8 +1,8 @@
 """Makes processes of the broker count nothing: for `bench.metrics_cost` to compare with.
 
 `install` has every module of the broker compiled without the statements that only count: additions
-to counters, observations of histograms, samples for `broker top` and for rates. `python -m
-bench.without_counting FOLDER` takes them out of the modules of another checkout, for `bench.compare`.
+to counters, observations of histograms, samples for `broker top` and for rates.
+`python -m bench.without_counting FOLDER` takes them out of another checkout, for `bench.compare`.
 """
 
 from __future__ import annotations
