@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from websockets.exceptions import ConnectionClosed
 
-from tests.support.connection import PATIENCE_S, Connection
+from tests.support.connection import PATIENCE_S, Closed, Connection
 
 ABSENT = object()
 """As `data`: the field is left out of the frame."""
@@ -65,7 +65,7 @@ class Worker(Connection):
         subprotocols: list[str] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> Self:
-        """Connect and take the greeting."""
+        """Connect and take the greeting. Raises ConnectionResetError when it is cut before that."""
         worker = await super().open(url, headers, subprotocols, tls)
         worker.handlers = {}
         worker.invocations = []
@@ -73,6 +73,8 @@ class Worker(Connection):
         worker._calls = {}
         worker._running = set()
         greeting = await worker.next()
+        if isinstance(greeting, Closed):
+            raise ConnectionResetError(greeting)
         assert greeting["type"] == "workerregistered", greeting
         worker.worker_id = greeting["worker_id"]
         worker.reattach_token = greeting["reattach_token"]
