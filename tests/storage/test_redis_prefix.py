@@ -134,6 +134,14 @@ async def test_databases_share_only_what_others_say(redis_server: RedisServer, p
             assert set(await member.storage.groups("s")) == {"g", f"own{place}"}
 
 
+async def told(client: Any, member: Member) -> int:
+    """On how many channels a write of the member is told."""
+    client.config_resetstat()
+    await member.perform(put("i", 1))
+    stats: dict[str, Any] = client.info("commandstats")
+    return int(stats["cmdstat_publish"]["calls"])
+
+
 @asynchronous
 async def test_brokers_of_other_databases_do_not_count_as_engines(
     redis_server: RedisServer,
@@ -141,18 +149,12 @@ async def test_brokers_of_other_databases_do_not_count_as_engines(
     """What they do is told to brokers alone, until somebody else listens."""
     client = redis_server.client
 
-    async def told(member: Member) -> int:
-        client.config_resetstat()
-        await member.perform(put("i", 1))
-        stats: dict[str, Any] = client.info("commandstats")
-        return int(stats["cmdstat_publish"]["calls"])
-
     async with members_of_databases(redis_server, "") as found:
-        assert [await told(member) for member in found] == [2] * len(found)
+        assert [await told(client, member) for member in found] == [2] * len(found)
         with client.pubsub() as engine:
             engine.subscribe("stream::events")
             engine.get_message(timeout=5)
-            assert [await told(member) for member in found] == [3] * len(found)
+            assert [await told(client, member) for member in found] == [3] * len(found)
         for member in found:
             assert member.foreign == []
 
@@ -165,24 +167,18 @@ async def test_the_originals_channel_is_told_only_who_listens(
     """Neither brokers, whatever their prefixes are, nor those that listen on another's count."""
     client = redis_server.client
 
-    async def told(member: Member) -> int:
-        client.config_resetstat()
-        await member.perform(put("i", 1))
-        stats: dict[str, Any] = client.info("commandstats")
-        return int(stats["cmdstat_publish"]["calls"])
-
     async with members(redis_server.url, *PREFIXES, prefix) as found:
         for one in PREFIXES:
             await until_listened(redis_server, one, 1 + (one == prefix))
         member, channel = found[-1], f"{prefix}stream::events"
-        assert await told(member) == 2  # on the channels of the group and of the stream
+        assert await told(client, member) == 2  # on the channels of the group and of the stream
         with client.pubsub() as other:
             other.subscribe("x:stream::events")
             other.get_message(timeout=5)
-            assert await told(member) == 2
+            assert await told(client, member) == 2
             other.subscribe(channel)
             other.get_message(timeout=5)
-            assert await told(member) == 3
+            assert await told(client, member) == 3
             message = other.get_message(timeout=5)
             assert message["channel"] == channel
             assert json.loads(message["data"])["seq"] == 3
@@ -190,7 +186,7 @@ async def test_the_originals_channel_is_told_only_who_listens(
             other.psubscribe(f"{prefix}stream::e*")
             for _ in range(3):
                 other.get_message(timeout=5)
-            assert await told(member) == 3
+            assert await told(client, member) == 3
             message = other.get_message(timeout=5)
             assert (message["type"], message["channel"]) == ("pmessage", channel)
 
