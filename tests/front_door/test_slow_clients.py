@@ -57,10 +57,10 @@ class Sleeper:
         return await self.http.frame()
 
     def sleep(self) -> None:
-        self.http.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        self.http.writer.transport.pause_reading()  # type: ignore[attr-defined]  # it reads, too
 
     def wake(self) -> None:
-        self.http.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        self.http.writer.transport.resume_reading()  # type: ignore[attr-defined]  # as above
 
 
 async def fill(worker: Worker, group: str, count: int, items: int, size: int = 4 * KIB) -> None:

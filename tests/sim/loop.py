@@ -193,7 +193,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self.world.now
 
-    def call_soon(  # type: ignore[override]
+    def call_soon(  # type: ignore[override]  # the library says which arguments go with which callback
         self,
         callback: Callable[..., object],
         *args: Any,
