@@ -439,11 +439,13 @@ def _adapter(values: _Values, path: str, warnings: list[str]) -> KvAdapter | Red
                 reason = f"holds {shown(redis.redis_url)}, {reason} and names a valid host and port"
                 raise ConfigError(f"{config_path}.redis_url", f"{reason}: {error}") from None
             if not _KEY_PREFIX.fullmatch(redis.key_prefix):
-                raise ConfigError(
-                    f"{config_path}.key_prefix",
-                    f"holds {shown(redis.key_prefix)}, may hold names that each end with a colon,"
-                    " without spaces and { } * ? [ ] \\, none of them stream or broker",
+                reason = (
+                    f"holds {shown(redis.key_prefix)}, may hold names that each end with a colon"
                 )
+                reason = (
+                    f"{reason}, without spaces and {{ }} * ? [ ] \\, none of them stream or broker"
+                )
+                raise ConfigError(f"{config_path}.key_prefix", reason)
             return redis
         case "bridge":
             reason = f"holds {shown(name)}, which would keep the data in another engine"

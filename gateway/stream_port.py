@@ -591,7 +591,7 @@ class Client:
             if answer.missed:
                 frames += map(text_frame, answer.missed)
             self._port.resumed_total += answer.resumed
-            if not self._connection.send(b"".join(frames)):
+            if not self._connection.send(frames[0] if len(frames) == 1 else b"".join(frames)):
                 # This one alone waits for its turn: were the others that have theirs to begin anew
                 # as well, syncs that do not fit together would take one another's place for ever.
                 self._port.behind_total += 1

@@ -60,7 +60,6 @@ _FAILURES: dict[type[Operation], tuple[str, str]] = {
 """Code and beginning of the message when storage fails (protocol section 7.1)."""
 
 _Call = Operation | messages.ListGroups | messages.ListAll | messages.CheckOps | messages.ApplyOps
-_NO_GROUP = "a group comes with every outcome but a StorageError"
 _SPANNING = (messages.ListGroups, messages.ListAll)
 
 _READS = (messages.Get, messages.List, messages.Join, messages.ReadHistory)
@@ -269,9 +268,13 @@ class Requests:
         outcome, group = settled
         if self._spans:
             self._end_span(operation, outcome)
+        if group is None:
+            assert isinstance(outcome, StorageError), "a group comes with every other outcome"
+            outcome = _storage_failure(operation, outcome.message, outcome.retryable)
+            self._fail(link, operation, outcome)
+            return
         match outcome:
             case Done():
-                assert group is not None, _NO_GROUP
                 if outcome.failure is None:
                     link.send(Reply(operation.call_id, outcome.result))
                 else:
@@ -280,10 +283,8 @@ class Requests:
                     self._publish(operation.stream, group, outcome.change, operation.trace)
             case Snapshot() | Resumed():
                 assert isinstance(operation, messages.Join)
-                assert group is not None, _NO_GROUP
                 self._joined(link, operation, group, outcome)
             case Past():
-                assert group is not None, _NO_GROUP
                 link.send(Reply(operation.call_id, past_payload(group, outcome)))
             case StorageError():
                 outcome = _storage_failure(operation, outcome.message, outcome.retryable)
